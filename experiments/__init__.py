@@ -1,0 +1,1 @@
+"""Experiments that travel with fedsim, found by name: `fedsim run fedavg/digits`."""

@@ -1,0 +1,1 @@
+"""fedsim simulates federated learning: server strategies, simulated clients, engines that run them."""

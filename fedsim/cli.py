@@ -1,0 +1,225 @@
+"""The command line: run, resume, report, compare, list, data, doctor.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsim import config, doctor
+from fedsim.config import ConfigError
+from fedsim.launch import Result
+from fedsim.launch import resume as resume_run
+from fedsim.launch import run as run_experiment
+from fedsim.progress import display
+from fedsim.report import compare as compare_runs
+from fedsim.report import write_report
+from fedsim.simulation import TooFewReplies
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+data = typer.Typer(no_args_is_help=True, help="The data sets, and how experiments divide them.")
+app.add_typer(data, name="data")
+out = Console(soft_wrap=True, highlight=False, markup=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, like strategy.lr=0.1.")]
+Root = Annotated[Path, typer.Option("--out", help="Folder under which the run's directory is made.")]
+TrackerName = Annotated[str | None, typer.Option("--tracker", help="tensorboard, wandb or mlflow.")]
+
+
+@contextmanager
+def _told(full: bool = False) -> Iterator[None]:
+    """Turns what goes wrong into a message and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        if full:
+            errors.print(traceback.format_exc().rstrip())
+        errors.print(f"Error: {error}")
+        raise typer.Exit(2) from None
+    except TooFewReplies as error:
+        errors.print(f"The run failed: {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("Interrupted. `fedsim resume` goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        errors.print(traceback.format_exc().rstrip())
+        errors.print(f"The run failed: {type(error).__name__}: {error}")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled experiment.")],
+    changes: Changes = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seeds", help="One run for each of these seeds.")] = None,
+    root: Root = Path("runs"),
+    tracker: TrackerName = None,
+    full: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """Run an experiment, write its report, and say where it is."""
+    with _told(full):
+        results = []
+        for seed in seeds if seeds else [None]:
+            told = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
+            results.append(run_experiment(experiment, changes=told, root=root, tracker=tracker, display=display))
+            _closing(results[-1])
+        if len(results) > 1:
+            _print_comparison([result.path for result in results], None)
+
+
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(help="A run's directory.")],
+    rounds: Annotated[int | None, typer.Option(help="Let it run for this many rounds in all.", min=1)] = None,
+    tracker: TrackerName = None,
+) -> None:
+    """Go on with a run from its last checkpoint."""
+    with _told(), _reading():
+        _closing(resume_run(path, rounds=rounds, tracker=tracker, display=display))
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+    """Write a run's report again: index.html, summary.md and plots."""
+    with _told(), _reading():
+        out.print(str(write_report(path)))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs; those that differ in seed are one row.")],
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and the plot.")] = None,
+) -> None:
+    """Set runs side by side, with means and spreads over seeds."""
+    with _told(), _reading():
+        _print_comparison(runs, folder)
+
+
+@app.command("list")
+def list_() -> None:
+    """The bundled experiments, and the plug-ins that have a short name."""
+    table = Table(show_header=False, box=None)
+    table.add_row("experiments", "", "")
+    for name in config.bundled():
+        table.add_row("", name, "")
+    for part, (group, _) in config.PARTS.items():
+        known = config.names(group)
+        if known:
+            table.add_row(part, "", "")
+        for name, target in known.items():
+            table.add_row("", name, target)
+    out.print(table)
+
+
+@app.command("doctor")
+def doctor_(
+    experiment: Annotated[str | None, typer.Argument(help="An experiment, to say what would run where.")] = None,
+    changes: Changes = None,
+) -> None:
+    """Versions, devices, memory, and what would run where."""
+    with _told():
+        table = Table(show_header=False, box=None)
+        for key, value in doctor.machine() + (doctor.outlook(experiment, changes or []) if experiment else []):
+            table.add_row(key, value)
+        out.print(table)
+
+
+@data.command("list")
+def data_list() -> None:
+    """The data sets, and whether their files are here."""
+    with _told():
+        _print_rows(("name", "files", "source"), doctor.data_sets())
+
+
+@data.command("fetch")
+def data_fetch(names: Annotated[list[str], typer.Argument(help="Names of data sets.")]) -> None:
+    """Fetch data sets from their publishers into the cache."""
+    with _told(), _reading():
+        for name in names:
+            out.print(f"{name}: {doctor.fetch(name)}")
+
+
+@data.command("describe")
+def data_describe(
+    experiment: Annotated[str, typer.Argument(help="An experiment.")],
+    changes: Changes = None,
+    column: Annotated[str, typer.Option(help="The column whose shares are shown.")] = "y",
+    plot: Annotated[Path | None, typer.Option(help="Where to draw it, a .png, .svg or .pdf file.")] = None,
+) -> None:
+    """How an experiment's partition came out: sizes, label and group shares by client."""
+    with _told(), _reading():
+        rows, drawn = doctor.partition(experiment, changes or [], column, plot)
+        _print_rows(("", ""), rows)
+        if drawn:
+            out.print(str(drawn))
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """What cannot be read is bad input."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _closing(result: Result) -> None:
+    words = [f"{name} {result.last(name):.4f}" for name in ("test/accuracy", "clients/accuracy") if _has(result, name)]
+    out.print(f"{'  '.join(words) or 'done'}  after {len(result.metrics)} rounds")
+    out.print(f"run     {result.path}")
+    out.print(f"report  {result.path / 'report' / 'index.html'}")
+
+
+def _has(result: Result, name: str) -> bool:
+    return any(name in line for line in result.metrics)
+
+
+def _print_comparison(runs: list[Path], folder: Path | None) -> None:
+    comparison = compare_runs(runs, folder)
+    _print_rows(comparison.header, comparison.rows)
+
+
+def _print_rows(header: Any, rows: Any) -> None:
+    table = Table(*header, box=None, show_header=any(header))
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _spread_out(arguments: list[str]) -> list[str]:
+    """`--seeds 0 1 2` as `--seeds 0 --seeds 1 --seeds 2`, which the parser understands."""
+    spread: list[str] = []
+    many = False
+    for argument in arguments:
+        if argument == "--seeds":
+            many = True
+            continue
+        if many and argument.lstrip("-").isdigit():
+            spread += ["--seeds", argument]
+            continue
+        many = False
+        spread.append(argument)
+    return spread
+
+
+def main() -> None:
+    """The command `fedsim`."""
+    app(args=_spread_out(sys.argv[1:]), prog_name="fedsim")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""From an experiment file to the objects of a simulation.
+
+One rule: a table with `use` names a callable, its other keys are that callable's arguments. Keys are checked against the
+callable's signature and types before anything starts. Arguments that an experiment need not state because it has them
+anyway (the model, the federation, the seed, ...) are filled in by name.
+"""
+
+from fedsim.config.experiment import PARTS, Assembly, Experiment, assemble, bundled, locate, read
+from fedsim.config.plugins import ConfigError, find, names
+from fedsim.config.recipe import Recipe, recipe
+
+__all__ = [
+    "PARTS",
+    "Assembly",
+    "ConfigError",
+    "Experiment",
+    "Recipe",
+    "assemble",
+    "bundled",
+    "find",
+    "locate",
+    "names",
+    "read",
+    "recipe",
+]

@@ -1,0 +1,31 @@
+"""Dataset: the columns of one data set, before they are divided among clients."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Columns of equal length, and what their values are called.
+
+    Columns that several parts of fedsim know by name: "x" features (float32), "y" labels (int64, 0..K-1), "a" the
+    sensitive group (int64, 0..G-1), "user", "item" (int64 from 0), "rating" (float32), "time" (int64).
+    """
+
+    name: str
+    columns: dict[str, Tensor]  # leaves (E, ...), E examples: what is divided among clients
+    test: dict[str, Tensor] = field(default_factory=dict)  # leaves (E', ...): a common test set; {} where there is none
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column -> what its values 0, 1, ... are called
+    source: str = ""  # whom to cite
+
+    def __post_init__(self) -> None:
+        for which, columns in (("columns", self.columns), ("test", self.test)):
+            lengths = {name: len(column) for name, column in columns.items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"{self.name}: the {which} must be equally long, got {lengths}")
+        if self.test and self.test.keys() != self.columns.keys():
+            raise ValueError(f"{self.name}: test has columns {sorted(self.test)}, training {sorted(self.columns)}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))

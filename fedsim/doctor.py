@@ -1,0 +1,93 @@
+"""What the command line tells about the machine, the data sets and an experiment before it is run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.config import ConfigError, assemble, read
+from fedsim.data import files
+from fedsim.data.datasets import CATALOGUE
+from fedsim.data.describe import describe, draw
+from fedsim.engines.local import Vectorised
+from fedsim.environment import devices, memory, processors, versions
+from fedsim.report.words import size
+
+Pairs = list[tuple[str, str]]
+
+
+def machine() -> Pairs:
+    """Versions, processors, GPUs and memory."""
+    free = memory()
+    return [
+        *versions().items(),
+        ("processors", str(processors())),
+        ("devices", ", ".join(devices())),
+        ("free memory", "unknown" if free is None else size(free)),
+    ]
+
+
+def outlook(experiment: str, changes: Sequence[str]) -> Pairs:
+    """What an experiment would run where, and how large it is."""
+    asked, folder = read(experiment, changes)
+    parts = assemble(asked, folder)
+    parameters = sum(leaf.numel() for leaf in parts.model.params.values())
+    bytes_each = sum(leaf.numel() * leaf.element_size() for leaf in parts.model.params.values())
+    cohort = len(parts.sample(1).ids)
+    task = parts.strategy.configure(parts.strategy.init(parts.model.params), 1)
+    held = cohort if task.reduce == "stack" else 1
+    rows = [
+        ("experiment", f"{asked.name}, {asked.rounds} rounds"),
+        ("clients", f"{parts.federation.num_clients}, {cohort} in round 1"),
+        ("model", f"{parameters:,} parameters, {size(bytes_each)}"),
+        ("engine", repr(parts.engine)),
+        ("updates held at once", f"{held} of {size(bytes_each)} (reduce = {task.reduce!r})"),
+    ]
+    if isinstance(parts.engine, Vectorised) and task.action in parts.clients:
+        client = parts.clients[task.action]
+        sizes = parts.federation.sizes(client.split, parts.sample(1).ids)
+        block = parts.engine.width(task, int(sizes.max(initial=1)))
+        rows.append(("block", f"{min(block, cohort)} clients at once"))
+    return rows
+
+
+def data_sets() -> list[tuple[str, str, str]]:
+    """Name, where the files are, and source of each data set."""
+    told = []
+    for name, loader in CATALOGUE.items():
+        where = files.whereabouts(files.SOURCES[name]) if name in files.SOURCES else "needs none"
+        told.append((name, where, (loader.__doc__ or "").strip().splitlines()[0]))
+    return told
+
+
+def fetch(name: str) -> str:
+    """Fetches the files of a data set into the cache, unless they are here, and says where they are."""
+    if name not in CATALOGUE:
+        raise ConfigError(f"data set {name!r}: must be one of {', '.join(CATALOGUE)}")
+    if name not in files.SOURCES:
+        return "needs no files"
+    try:
+        files.load(files.SOURCES[name])
+    except ConnectionError as error:
+        raise RuntimeError(str(error)) from error
+    return files.whereabouts(files.SOURCES[name])
+
+
+def partition(experiment: str, changes: Sequence[str], column: str, plot: Path | None) -> tuple[Pairs, Path | None]:
+    """How an experiment's partition came out, and the figure of it if one is asked for."""
+    asked, folder = read(experiment, changes)
+    federation = assemble(asked, folder).federation
+    description = describe(federation, column)
+    rows = [(name, f"{value:g}") for name, value in description.summary().items()]
+    for split, sizes in zip(("training", "validation", "test"), description.sizes.T, strict=True):
+        rows.append((f"{split} examples", f"{sizes.sum():,} ({np.median(sizes):g} a client)"))
+    rows += [
+        (f"{column} = {name}", f"{share:.3f}")
+        for name, share in zip(description.values, description.pooled, strict=True)
+    ]
+    rows += [
+        (f"a = {n}", f"{share:.3f}") for n, share in zip(description.groups, description.pooled_groups, strict=True)
+    ]
+    if plot is not None:
+        draw(description, plot)
+    return rows, plot

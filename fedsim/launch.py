@@ -1,0 +1,266 @@
+"""Running an experiment from beginning to end: rounds, evaluations, records, checkpoints, report."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tomli_w
+import torch
+
+from fedsim.client import Client
+from fedsim.config import Assembly, ConfigError, Experiment, assemble, read
+from fedsim.data.federation import Federation
+from fedsim.engines.engine import Engine
+from fedsim.engines.local import Sequential, auto
+from fedsim.environment import environment
+from fedsim.evaluation import Evaluate, Evaluation, evaluate, spread
+from fedsim.model import Model
+from fedsim.progress import Display, Silent
+from fedsim.randomness import rng
+from fedsim.report import write_report
+from fedsim.runs import Run
+from fedsim.sampling import Sampler, everyone
+from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
+from fedsim.strategy import Strategy
+from fedsim.task import Cohort, Metrics, Params
+from fedsim.trackers import Tracker, track
+
+DisplayFor = Callable[[str, int, int], Display]  # (label, rounds, rounds done already)
+
+
+class Plan(NamedTuple):
+    """How long a simulation runs, and what is written down when."""
+
+    rounds: int
+    name: str = "simulation"
+    seed: int = 0
+    evaluate_every: int = 1  # 0: never
+    evaluate_clients: int | None = None  # None: all that have a test part
+    checkpoint_every: int = 10
+    keep_checkpoints: int | Literal["all"] = 2
+    min_replies: int = 1
+    threads: int = 1
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Plan":
+        """The plan of an experiment."""
+        return cls(**{name: getattr(experiment, name) for name in cls._fields})
+
+
+class Result(NamedTuple):
+    """What a simulation gives back."""
+
+    metrics: list[Metrics]  # one a round
+    params: Params  # of the final model
+    path: Path  # the run's directory
+
+    def last(self, name: str) -> float:
+        """The latest value of a metric; KeyError if it was never measured."""
+        for line in reversed(self.metrics):
+            if name in line:
+                return line[name]
+        raise KeyError(f"{name!r} was never measured: there are {', '.join(sorted(set().union(*self.metrics)))}")
+
+
+def run(
+    experiment: str | Path | Mapping[str, Any],
+    *,
+    changes: Sequence[str] = (),
+    root: str | Path = "runs",
+    tracker: str | None = None,
+    display: DisplayFor | None = None,
+) -> Result:
+    """Runs an experiment: a TOML file, the name of a bundled one ("fedavg/digits"), or the tables themselves.
+
+    Args:
+        experiment: what to run.
+        changes: "strategy.lr=0.1", applied to the tables.
+        root: the folder under which the run's directory is made.
+        tracker: "tensorboard", "wandb" or "mlflow", to send the metrics there too.
+        display: what to show meanwhile; nothing if None.
+
+    Raises:
+        ConfigError: the experiment is wrong; nothing was run.
+        TooFewReplies: the run ended early; its directory holds a checkpoint.
+    """
+    asked, folder = read(experiment, changes)
+    with threads(asked.threads):
+        assembly = assemble(asked, folder)
+        directory = Run.create(Path(root), asked.name, asked.seed, asked.toml(), _environment(assembly))
+        return _drive(assembly, Plan.of(asked), directory, False, tracker, asked.model_dump(), display)
+
+
+def resume(
+    path: str | Path, *, rounds: int | None = None, tracker: str | None = None, display: DisplayFor | None = None
+) -> Result:
+    """Goes on with a run from its last checkpoint, as if it had never stopped; `rounds` lets it run longer."""
+    directory = Run.open(Path(path))
+    asked, folder = read(directory.path / "experiment.toml", () if rounds is None else (f"rounds={rounds}",))
+    if rounds is not None:
+        directory.describe(asked.toml())
+    with threads(asked.threads):
+        return _drive(assemble(asked, folder), Plan.of(asked), directory, True, tracker, asked.model_dump(), display)
+
+
+def simulate(
+    *,
+    federation: Federation,
+    model: Model,
+    strategy: Strategy,
+    clients: Mapping[str, Client],
+    plan: Plan,
+    sample: Sampler | None = None,
+    engine: Engine | None = None,
+    root: str | Path = "runs",
+    resume: str | Path | None = None,
+    display: DisplayFor | None = None,
+) -> Result:
+    """Runs a simulation made of objects instead of tables.
+
+    Args:
+        federation: the data by client.
+        model: the model, whose parameters are the first ones.
+        strategy: the server's side.
+        clients: action -> the local side. Without "evaluate" the model's accuracy is counted.
+        plan: how long, and what is written down when.
+        sample: who takes part; None: everyone.
+        engine: where clients run; None: `auto`.
+        root: the folder under which the run's directory is made.
+        resume: the directory of a run of the same objects, to go on with.
+        display: what to show meanwhile; nothing if None.
+    """
+    classes = len(federation.names["y"]) if "y" in federation.names else None
+    actions = {"evaluate": Evaluate(model=model, num_classes=classes)} | dict(clients)
+    engine = engine or auto(federation, actions, plan.seed)
+    sample = sample or everyone(federation.num_clients)
+    assembly = Assembly(federation, model, strategy, actions, sample, engine)
+    told = {name: repr(value) for name, value in {"strategy": strategy, **clients}.items()}
+    tables = {name: value for name, value in plan._asdict().items() if value is not None} | {"objects": told}
+    with threads(plan.threads):
+        if resume is not None:
+            directory = Run.open(Path(resume))
+        else:
+            directory = Run.create(Path(root), plan.name, plan.seed, tomli_w.dumps(tables), _environment(assembly))
+        return _drive(assembly, plan, directory, resume is not None, None, tables, display)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Inside, torch uses this many threads: their number changes the last bits of a sum, so an experiment states it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _environment(assembly: Assembly) -> dict[str, Any]:
+    parameters = sum(leaf.numel() for leaf in assembly.model.params.values())
+    return environment() | {
+        "engine": repr(assembly.engine),
+        "num_clients": assembly.federation.num_clients,
+        "parameters": parameters,
+    }
+
+
+def _drive(
+    assembly: Assembly,
+    plan: Plan,
+    directory: Run,
+    resuming: bool,
+    tracker: str | None,
+    tables: Mapping[str, Any],
+    display: DisplayFor | None,
+) -> Result:
+    """Takes the rounds that are still to do, writes them down, and makes the report."""
+    cohorts = _evaluated(assembly, plan)
+    snapshot = begin(
+        assembly.strategy, assembly.model.params, assembly.clients, assembly.federation.num_clients, plan.seed
+    )
+    if resuming and directory.checkpoints():
+        snapshot = directory.load(directory.checkpoints()[-1], snapshot)
+    directory.rewind(snapshot.round)
+    shown = display(plan.name, plan.rounds, snapshot.round) if display else Silent()
+    sent = closing(track(tracker, plan.name, directory.path, tables)) if tracker else nullcontext()
+    with assembly.engine, shown as screen, sent as elsewhere:
+        try:
+            steps = rounds(assembly.strategy, assembly.engine, assembly.sample, snapshot, plan.min_replies)
+            for step in islice(steps, max(0, plan.rounds - snapshot.round)):
+                snapshot = step.snapshot
+                _note(step, assembly, plan, directory, cohorts, screen, elsewhere)
+        except TooFewReplies as error:
+            directory.record_failures(error.round, error.failed)
+            directory.save(snapshot, plan.keep_checkpoints)
+            raise
+    write_report(directory.path)
+    return Result(directory.metrics(), assembly.strategy.params(snapshot.state), directory.path)
+
+
+def _note(
+    step: Round,
+    assembly: Assembly,
+    plan: Plan,
+    directory: Run,
+    cohorts: Mapping[str, tuple[Engine, Sequence[int]]],
+    screen: Display,
+    elsewhere: Tracker | None,
+) -> None:
+    """Evaluates if it is time, writes the round down, and then the checkpoint: what a checkpoint covers is on disk."""
+    number, last = step.snapshot.round, step.snapshot.round == plan.rounds
+    metrics: Metrics = {
+        "round": number,
+        "seconds": step.seconds,
+        "clients": step.answered,
+        "failed": len(step.failed),
+        "bytes_down": step.traffic.down,
+        "bytes_up": step.traffic.up,
+    } | step.metrics
+    directory.record_failures(number, step.failed)
+    if plan.evaluate_every and (number % plan.evaluate_every == 0 or last):
+        parts = {name: _evaluate(name, *cohort, assembly, step.snapshot) for name, cohort in cohorts.items()}
+        for name, part in parts.items():
+            metrics |= {f"{name}/{measure}": value for measure, value in part.pooled.items() if measure != "examples"}
+            directory.record_failures(number, {ident: f"evaluating: {why}" for ident, why in part.failed.items()})
+        if "clients" in parts:
+            metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
+        directory.save_evaluation(number, parts, assembly.federation.names.get("y", ()))
+    directory.record(metrics)
+    if number % plan.checkpoint_every == 0 or last:
+        directory.save(step.snapshot, plan.keep_checkpoints)
+    screen.show(metrics)
+    if elsewhere is not None:
+        elsewhere.log(metrics)
+
+
+def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequence[int]]]:
+    """What is evaluated: the common test set ("test") and the clients' own test parts ("clients"), where there are."""
+    if not plan.evaluate_every:
+        return {}
+    client = assembly.clients["evaluate"]
+    cohorts: dict[str, tuple[Engine, Sequence[int]]] = {}
+    if assembly.federation.test:
+        cohorts["test"] = (Sequential(assembly.federation.central(), {"evaluate": client}, plan.seed), [0])
+    ids = np.flatnonzero(assembly.federation.sizes(client.split))
+    if plan.evaluate_clients is not None and plan.evaluate_clients < len(ids):
+        ids = np.sort(rng(plan.seed, "evaluate").choice(ids, plan.evaluate_clients, replace=False))
+    if len(ids):
+        cohorts["clients"] = (assembly.engine, ids.tolist())
+    if not cohorts:
+        raise ConfigError(
+            f"{assembly.federation.name} has nothing to evaluate on, neither a common test set nor a {client.split} part "
+            "at its clients: set split.test (0.2, say), or evaluate_every = 0"
+        )
+    return cohorts
+
+
+def _evaluate(name: str, engine: Engine, ids: Sequence[int], assembly: Assembly, snapshot: Snapshot) -> Evaluation:
+    shared = {"params": assembly.strategy.params(snapshot.state)}
+    personal = snapshot.personal.gather(ids) if name == "clients" else {}
+    found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round)
+    if len(found.failed) == len(ids):
+        raise RuntimeError(f"round {snapshot.round}: evaluation failed: {next(iter(found.failed.values()))}")
+    return found

@@ -1,0 +1,103 @@
+"""Model: a torch module and a loss, as functions of explicit parameters."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn import functional
+
+from fedsim import tree
+from fedsim.task import Batch, Params
+from fedsim.tree import Tree
+
+Losses = Callable[[Tensor, Tensor], Tensor]  # outputs (B, ...), targets (B, ...) -> (B,)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(outputs)_target for each example, (B,)."""
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """|output - target|^2 / 2 for each example, (B,)."""
+    return 0.5 * (outputs - targets).square().flatten(1).sum(1)
+
+
+def gradient(loss: Callable[..., Tensor], params: Tree, *arguments: Any) -> tuple[Tensor, Tree]:
+    """(loss(params, *arguments), its gradient with respect to params), by whichever means is right here.
+
+    Outside vmap `torch.autograd.grad` on leaf copies is 1.2 to 2.7 times cheaper than `torch.func.grad`; inside it only
+    the latter is allowed. A client never has to ask where it runs.
+    """
+    if peek_interpreter_stack() is not None:
+        gradients, value = torch.func.grad_and_value(loss)(params, *arguments)
+        return value, gradients
+    with torch.enable_grad():
+        copies = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+        value = loss(copies, *arguments)
+        parts = iter(torch.autograd.grad(value, tree.leaves(copies), materialize_grads=True))  # type: ignore[arg-type]
+    return value.detach(), tree.map(lambda _: next(parts), params)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A module whose parameters are given from outside, and the loss of its outputs.
+
+    Parameters of the module that require no gradient, and its buffers, are constants of the model.
+    """
+
+    module: nn.Module
+    criterion: Losses = cross_entropy
+    inputs: str = "x"  # the column that the module reads
+    target: str = "y"  # the column that the loss compares with
+
+    def __post_init__(self) -> None:
+        for name, part in self.module.named_modules():
+            if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
+                raise ValueError(
+                    f"module {name or 'itself'} is {type(part).__name__} with running statistics, which are neither "
+                    "parameters nor the same for two clients: use GroupNorm or LayerNorm"
+                )
+
+    @cached_property
+    def params(self) -> Params:
+        """The parameters that the module was made with, copied."""
+        return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """Whether the module draws random numbers while it is trained (dropout)."""
+        return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in self.module.modules())
+
+    @cached_property
+    def _trained(self) -> nn.Module:
+        return copy.deepcopy(self.module).eval()
+
+    def outputs(self, params: Params, batch: Batch) -> Tensor:
+        """The module's outputs while it is being trained, (B, ...)."""
+        outputs: Tensor = torch.func.functional_call(self.module, params, (batch[self.inputs],))
+        return outputs
+
+    def predict(self, params: Params, batch: Batch) -> Tensor:
+        """The module's outputs when it is used: without dropout, (B, ...)."""
+        outputs: Tensor = torch.func.functional_call(self._trained, params, (batch[self.inputs],))
+        return outputs
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """The mean loss of the examples where "mask" holds, (); zero if there are none."""
+        losses = self.criterion(self.outputs(params, batch), batch[self.target])
+        return mean(losses, batch["mask"])
+
+    def gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """(loss, its gradient)."""
+        return gradient(self.loss, params, batch)
+
+
+def mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the values (B,) where the mask holds, (); zero if there are none."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

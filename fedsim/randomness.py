@@ -1,0 +1,60 @@
+"""Randomness as a function of a path such as (seed, round, client): never a global generator, never a stored one.
+
+Whoever draws says where in the run it stands, so a run can be resumed at any round, a client draws the same numbers
+on every engine, and the order in which clients run does not matter.
+"""
+
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+
+
+def _number(part: int | str) -> int:
+    return zlib.crc32(part.encode()) if isinstance(part, str) else int(part)
+
+
+def rng(*path: int | str) -> np.random.Generator:
+    """A fresh numpy generator for this path."""
+    return np.random.default_rng(np.random.SeedSequence([_number(part) for part in path]))
+
+
+def generator(*path: int | str) -> torch.Generator:
+    """A fresh torch generator, on the CPU, for this path."""
+    state = np.random.SeedSequence([_number(part) for part in path]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+def _scramble(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    for shift, factor in _MIX:
+        bits = (bits ^ (bits >> shift)) * factor
+    return bits ^ (bits >> np.uint64(31))
+
+
+def keys(*path: Any) -> NDArray[np.uint64]:
+    """A 64-bit random number for each element of the arrays in the path, which are broadcast together.
+
+    Thousands of clients draw at once what each of them would draw alone.
+    """
+    result = np.zeros(1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in path:
+            number = np.atleast_1d(np.asarray(_number(part) if isinstance(part, str) else part)).astype(np.uint64)
+            result = _scramble((result ^ number) + _GOLDEN)
+    return result
+
+
+def shuffled(sizes: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A random order of 0..size-1 for each size: (C, n) with n the largest size, -1 behind the end of a shorter one."""
+    position = np.arange(int(sizes.max(initial=0)))
+    inside = position < sizes[:, None]  # (C, n)
+    chance = np.where(inside, keys(key[:, None], position), np.uint64(2**64 - 1))
+    order = np.argsort(chance, axis=1, kind="stable")
+    # A key may equal the filler (once in 2**64 draws); sorting stably, positions behind the end still come last.
+    return np.where(inside, order, -1)

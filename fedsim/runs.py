@@ -1,0 +1,177 @@
+"""A run's directory: what was asked, what came out round by round, and the checkpoints to go on from."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedsim import tree
+from fedsim.evaluation import Evaluation
+from fedsim.simulation import Snapshot
+from fedsim.task import Metrics
+
+FORMAT = "1"  # of checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory of one run. Every file is whole at any moment, wherever the process is killed."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str, seed: int, experiment: str, environment: Mapping[str, Any]) -> "Run":
+        """A new directory root/name/date-seed with the experiment (TOML) and its environment in it."""
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{seed}"
+        for number in range(1, 1000):
+            path = root / name / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run began in the same second
+                continue
+        run = cls(path)
+        replace(path / "environment.json", json.dumps(environment, indent=2).encode())
+        run.describe(experiment)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """The run in a directory that `create` made."""
+        if not (path / "experiment.toml").is_file():
+            raise FileNotFoundError(f"{path} is not a run: it holds no experiment.toml")
+        return cls(path)
+
+    def describe(self, experiment: str) -> None:
+        """Writes the experiment (TOML) down, in place of what stood there."""
+        replace(self.path / "experiment.toml", experiment.encode())
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def failures_file(self) -> Path:
+        """One JSON object a failed client and round."""
+        return self.path / "failures.jsonl"
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Appends one round."""
+        whole = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append(self.metrics_file, [whole])
+
+    def record_failures(self, round: int, failed: Mapping[int, str]) -> None:
+        """Appends the clients that failed in a round."""
+        append(self.failures_file, [{"round": round, "client": ident, "reason": why} for ident, why in failed.items()])
+
+    def metrics(self) -> list[Metrics]:
+        """The rounds so far."""
+        return read_lines(self.metrics_file)
+
+    def save_evaluation(self, round: int, parts: Mapping[str, Evaluation], classes: tuple[str, ...]) -> None:
+        """Writes the last evaluation: clients.csv and evaluation.json."""
+        found: dict[str, Any] = {"round": round}
+        for name, part in parts.items():
+            found[name] = dict(part.pooled)
+            if part.confusion is not None:
+                found[name] |= {"confusion": part.confusion.tolist(), "classes": list(classes)}
+        if "clients" in parts:
+            replace(self.path / "clients.csv", as_csv(parts["clients"].clients).encode())
+        replace(self.path / "evaluation.json", json.dumps(found).encode())
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+
+    def save(self, snapshot: Snapshot, keep: int | Literal["all"]) -> Path:
+        """Writes a checkpoint, then removes all but the last `keep` of them ("all": removes none)."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"round-{snapshot.round:06d}.safetensors"
+        flat = {f"state/{name}": leaf for name, leaf in tree.flatten(snapshot.state).items()}
+        flat |= {f"personal/{name}": leaf for name, leaf in snapshot.personal.flat().items()}
+        # Copies, because safetensors refuses tensors that share memory, as two optimiser moments at rest may.
+        flat = {name: leaf.detach().clone().contiguous() for name, leaf in flat.items()}
+        replace(path, safetensors.torch.save(flat, {"format": FORMAT, "round": str(snapshot.round)}))
+        for old in self.checkpoints()[: 0 if keep == "all" else -keep]:
+            old.unlink()
+        return path
+
+    def load(self, path: Path, like: Snapshot) -> Snapshot:
+        """The snapshot in a checkpoint, with the structure of `like`, whose `personal` it fills.
+
+        Raises:
+            ValueError: the file is damaged, or its leaves do not fit; all that are missing or surplus are named.
+        """
+        flat, round = read_checkpoint(path)
+        state = {name.removeprefix("state/"): leaf for name, leaf in flat.items() if name.startswith("state/")}
+        kept = {name.removeprefix("personal/"): leaf for name, leaf in flat.items() if name.startswith("personal/")}
+        like.personal.load(kept)
+        return Snapshot(round, tree.restore(state, like.state, str(path)), like.personal)
+
+    def rewind(self, round: int) -> None:
+        """Takes back what was written after this round: it is about to be done again."""
+        for file in (self.metrics_file, self.failures_file):
+            if file.exists():
+                kept = [line for line in read_lines(file) if line["round"] <= round]
+                replace(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The named tensors of a checkpoint, and its round."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}")
+    return flat, int(metadata["round"])
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file so that at any moment either the old or the new one is there, whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append(path: Path, objects: list[dict[str, Any]]) -> None:
+    """Appends one JSON line an object, and hands them to the operating system."""
+    if objects:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in objects))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, without a last one that was cut off in the middle of writing."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def as_csv(columns: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Columns of numbers as CSV; whole numbers without a point, what is not a number empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for row in zip(*(values.tolist() for values in columns.values()), strict=True):
+        writer.writerow("" if math.isnan(v) else int(v) if v.is_integer() else repr(v) for v in row)
+    return file.getvalue()

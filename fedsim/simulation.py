@@ -1,0 +1,94 @@
+"""The loop: a generator of rounds. Whoever runs it stops it, evaluates, saves and shows between two of them."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from fedsim import tree
+from fedsim.client import Client
+from fedsim.engines.engine import Engine
+from fedsim.personal import Personal
+from fedsim.sampling import Draw, Sampler
+from fedsim.strategy import Strategy
+from fedsim.task import Cohort, Metrics, Params, Replies, Traffic
+from fedsim.tree import Tree
+
+
+class Snapshot(NamedTuple):
+    """All that the next round depends on, besides the experiment itself."""
+
+    round: int  # the last one done; 0 before the first
+    state: Tree  # the strategy's
+    personal: Personal  # the clients'; the loop goes on changing it
+
+
+class Round(NamedTuple):
+    """One round as it went."""
+
+    snapshot: Snapshot
+    metrics: Metrics  # of the strategy, and "<action>/<name>": the clients' metrics, averaged by weight
+    answered: int
+    failed: dict[int, str]  # client -> why it did not answer
+    traffic: Traffic
+    seconds: float
+
+
+class TooFewReplies(RuntimeError):  # noqa: N818 - says what happened
+    """Fewer clients answered than the experiment asks for."""
+
+    def __init__(self, round: int, asked: int, replies: int, wanted: int, failed: dict[int, str]) -> None:
+        reasons = sorted({reason.strip().splitlines()[-1] for reason in failed.values()})
+        because = f"; the others: {'; '.join(reasons[:3])}" if reasons else ""
+        super().__init__(f"round {round}: {replies} of {asked} clients answered, min_replies is {wanted}{because}")
+        self.round, self.failed = round, failed
+
+
+def begin(
+    strategy: Strategy, params: Params, clients: Mapping[str, Client], num_clients: int, seed: int = 0
+) -> Snapshot:
+    """The snapshot before the first round."""
+    return Snapshot(0, strategy.init(params), Personal(clients, num_clients, seed))
+
+
+def rounds(
+    strategy: Strategy, engine: Engine, sample: Sampler, snapshot: Snapshot, min_replies: int = 1
+) -> Iterator[Round]:
+    """The rounds after `snapshot`, for as long as the caller takes them.
+
+    Raises:
+        TooFewReplies: fewer than `min_replies` clients answered. The snapshot before that round still holds.
+    """
+    state, personal = snapshot.state, snapshot.personal
+    number = snapshot.round
+    while True:
+        number += 1
+        start = time.perf_counter()
+        task = strategy.configure(state, number)._replace(round=number)
+        draw = sample(number) if task.ids is None else Draw(list(task.ids))
+        replies = engine.execute(task, Cohort(draw.ids, personal.gather(draw.ids)))
+        failed = replies.failed | dict.fromkeys(draw.dropped, "dropped out")
+        asked = len(draw.ids) + len(draw.dropped)
+        if len(replies.ids) < max(1, min_replies):
+            raise TooFewReplies(number, asked, len(replies.ids), max(1, min_replies), failed)
+        state, metrics = strategy.aggregate(state, task, replies)
+        personal.scatter(replies.ids, replies.personal)
+        lost = len(draw.dropped) * tree.count_bytes(tree.leaves(task.shared))
+        yield Round(
+            Snapshot(number, state, personal),
+            averages(task.action, replies) | metrics,
+            len(replies.ids),
+            failed,
+            Traffic(replies.traffic.down + lost, replies.traffic.up),
+            time.perf_counter() - start,
+        )
+
+
+def averages(action: str, replies: Replies) -> Metrics:
+    """The clients' metrics, averaged by the weight of their replies."""
+    weight = replies.weight.double()
+    total = float(weight.sum())
+    if not total:
+        return {}
+    return {
+        f"{action}/{name}": float((values.double() * weight).sum()) / total for name, values in replies.metrics.items()
+    }

@@ -1,0 +1,1 @@
+"""Server sides: what the server does with what its clients answer. Each imports fedsim alone, as a user's would."""
