@@ -11,13 +11,14 @@ Differs from the paper: all clients run the same number of epochs; uneven work c
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.model import Model
-from fedsim.optim import sgd
+from fedsim.optim import Optimiser, sgd
 from fedsim.ranges import NonNegative, Positive
 from fedsim.task import Batch, Reply
 from fedsim.tree import Tree
@@ -36,6 +37,11 @@ class Prox(Client):
         """Whether the model has dropout."""
         return self.model.stochastic
 
+    @cached_property
+    def optimiser(self) -> Optimiser:
+        """The rule of a step."""
+        return sgd(self.lr)
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, which is also the anchor."""
         return {"params": shared["params"], "anchor": shared["params"], "loss": data["mask"].sum() * 0.0}
@@ -46,7 +52,7 @@ class Prox(Client):
         if self.mu:
             pull = tree.map(torch.sub, state["params"], state["anchor"])
             gradient = tree.map(lambda g, d: torch.add(g, d, alpha=self.mu), gradient, pull)
-        params, _ = sgd(self.lr).update(gradient, {}, state["params"])
+        params, _ = self.optimiser.update(gradient, {}, state["params"])
         return state | {"params": params, "loss": state["loss"] + loss * batch["mask"].sum()}
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:

@@ -6,10 +6,11 @@ its examples before the first step.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedsim.client import Client
 from fedsim.model import Model, mean
-from fedsim.optim import sgd
+from fedsim.optim import Optimiser, sgd
 from fedsim.ranges import Positive
 from fedsim.task import Batch, Reply
 from fedsim.tree import Tree
@@ -27,6 +28,11 @@ class LossThenSgd(Client):
         """Whether the model has dropout."""
         return self.model.stochastic
 
+    @cached_property
+    def optimiser(self) -> Optimiser:
+        """The rule of a step."""
+        return sgd(self.lr)
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model."""
         return {"params": shared["params"]}
@@ -34,7 +40,7 @@ class LossThenSgd(Client):
     def step(self, state: Tree, batch: Batch) -> Tree:
         """One step of gradient descent."""
         _, gradient = self.model.gradient(state["params"], batch)
-        return {"params": sgd(self.lr).update(gradient, {}, state["params"])[0]}
+        return {"params": self.optimiser.update(gradient, {}, state["params"])[0]}
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """w_k and F_k(w)."""

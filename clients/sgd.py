@@ -5,6 +5,7 @@ Data", AISTATS 2017, https://arxiv.org/abs/1602.05629, ClientUpdate.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedsim.client import Client
 from fedsim.model import Model
@@ -31,7 +32,7 @@ class Sgd(Client):
         """Whether the model has dropout."""
         return self.model.stochastic
 
-    @property
+    @cached_property
     def optimiser(self) -> Optimiser:
         """The rule of a step."""
         return sgd(self.lr, self.momentum, self.weight_decay)

@@ -9,9 +9,10 @@ from fedsim.config import ConfigError, assemble, read
 from fedsim.data import files
 from fedsim.data.datasets import CATALOGUE
 from fedsim.data.describe import describe, draw
+from fedsim.data.sources import SOURCES
 from fedsim.engines.local import Vectorised
 from fedsim.environment import devices, memory, processors, versions
-from fedsim.report.words import size
+from fedsim.report.formats import amount
 
 Pairs = list[tuple[str, str]]
 
@@ -23,7 +24,7 @@ def machine() -> Pairs:
         *versions().items(),
         ("processors", str(processors())),
         ("devices", ", ".join(devices())),
-        ("free memory", "unknown" if free is None else size(free)),
+        ("free memory", "unknown" if free is None else amount(free)),
     ]
 
 
@@ -39,9 +40,9 @@ def outlook(experiment: str, changes: Sequence[str]) -> Pairs:
     rows = [
         ("experiment", f"{asked.name}, {asked.rounds} rounds"),
         ("clients", f"{parts.federation.num_clients}, {cohort} in round 1"),
-        ("model", f"{parameters:,} parameters, {size(bytes_each)}"),
+        ("model", f"{parameters:,} parameters, {amount(bytes_each)}"),
         ("engine", repr(parts.engine)),
-        ("updates held at once", f"{held} of {size(bytes_each)} (reduce = {task.reduce!r})"),
+        ("updates held at once", f"{held} of {amount(bytes_each)} (reduce = {task.reduce!r})"),
     ]
     if isinstance(parts.engine, Vectorised) and task.action in parts.clients:
         client = parts.clients[task.action]
@@ -55,7 +56,7 @@ def data_sets() -> list[tuple[str, str, str]]:
     """Name, where the files are, and source of each data set."""
     told = []
     for name, loader in CATALOGUE.items():
-        where = files.whereabouts(files.SOURCES[name]) if name in files.SOURCES else "needs none"
+        where = files.whereabouts(SOURCES[name]) if name in SOURCES else "needs none"
         told.append((name, where, (loader.__doc__ or "").strip().splitlines()[0]))
     return told
 
@@ -64,13 +65,13 @@ def fetch(name: str) -> str:
     """Fetches the files of a data set into the cache, unless they are here, and says where they are."""
     if name not in CATALOGUE:
         raise ConfigError(f"data set {name!r}: must be one of {', '.join(CATALOGUE)}")
-    if name not in files.SOURCES:
+    if name not in SOURCES:
         return "needs no files"
     try:
-        files.load(files.SOURCES[name])
+        files.load(SOURCES[name])
     except ConnectionError as error:
         raise RuntimeError(str(error)) from error
-    return files.whereabouts(files.SOURCES[name])
+    return files.whereabouts(SOURCES[name])
 
 
 def partition(experiment: str, changes: Sequence[str], column: str, plot: Path | None) -> tuple[Pairs, Path | None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
+from torch.func import functional_call
 from torch.nn import functional
 
 from fedsim import tree
@@ -75,17 +76,22 @@ class Model:
         return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in self.module.modules())
 
     @cached_property
+    def _tied(self) -> bool:
+        """Whether two names stand for one parameter; where none do, looking for them at every call is a waste."""
+        return len(list(self.module.parameters())) < len(list(self.module.named_parameters(remove_duplicate=False)))
+
+    @cached_property
     def _trained(self) -> nn.Module:
         return copy.deepcopy(self.module).eval()
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """The module's outputs while it is being trained, (B, ...)."""
-        outputs: Tensor = torch.func.functional_call(self.module, params, (batch[self.inputs],))
+        outputs: Tensor = functional_call(self.module, params, (batch[self.inputs],), tie_weights=self._tied)
         return outputs
 
     def predict(self, params: Params, batch: Batch) -> Tensor:
         """The module's outputs when it is used: without dropout, (B, ...)."""
-        outputs: Tensor = torch.func.functional_call(self._trained, params, (batch[self.inputs],))
+        outputs: Tensor = functional_call(self._trained, params, (batch[self.inputs],), tie_weights=self._tied)
         return outputs
 
     def loss(self, params: Params, batch: Batch) -> Tensor:

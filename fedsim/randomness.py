@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+_ALL = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def _number(part: int | str) -> int:
@@ -30,11 +31,11 @@ def generator(*path: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
-def _scramble(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _scramble(bits: Any) -> Any:
     """The finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)."""
     for shift, factor in _MIX:
-        bits = (bits ^ (bits >> shift)) * factor
-    return bits ^ (bits >> np.uint64(31))
+        bits = ((bits ^ (bits >> shift)) * factor) & _ALL
+    return bits ^ (bits >> 31)
 
 
 def keys(*path: Any) -> NDArray[np.uint64]:
@@ -42,12 +43,16 @@ def keys(*path: Any) -> NDArray[np.uint64]:
 
     Thousands of clients draw at once what each of them would draw alone.
     """
-    result = np.zeros(1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for part in path:
-            number = np.atleast_1d(np.asarray(_number(part) if isinstance(part, str) else part)).astype(np.uint64)
-            result = _scramble((result ^ number) + _GOLDEN)
-    return result
+    result: Any = 0
+    for part in path:
+        if isinstance(part, np.ndarray):
+            number, result = part.astype(np.uint64), np.asarray(result, dtype=np.uint64)
+        else:
+            number = _number(part)
+        if isinstance(result, np.ndarray):
+            number = np.asarray(number, dtype=np.uint64)
+        result = _scramble(((result ^ number) + _GOLDEN) & _ALL)
+    return np.atleast_1d(np.asarray(result, dtype=np.uint64))
 
 
 def shuffled(sizes: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fedsim.data.dataset import Dataset
-from fedsim.data.files import FASHION_MNIST, File, load
+from fedsim.data.files import File, load
+from fedsim.data.sources import FASHION_MNIST
 from fedsim.randomness import rng
 from fedsim.ranges import Natural, checked
 

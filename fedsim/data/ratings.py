@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from fedsim.data.dataset import Dataset
-from fedsim.data.files import FILMTRUST, MOVIELENS_100K, load
+from fedsim.data.files import load
+from fedsim.data.sources import FILMTRUST, MOVIELENS_100K
 from fedsim.data.tables import Table, parse
 from fedsim.task import Batch
 

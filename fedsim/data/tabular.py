@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.data.dataset import Dataset
-from fedsim.data.files import ADULT, COMPAS, DRUG_CONSUMPTION, load
+from fedsim.data.files import load
+from fedsim.data.sources import ADULT, COMPAS, DRUG_CONSUMPTION
 from fedsim.data.tables import parse
 
 _ADULT_COLUMNS = (

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fedsim.data.dataset import Dataset
 from fedsim.data.datasets import canonical_joint, canonical_table
 from fedsim.data.describe import describe, draw

@@ -1,8 +1,10 @@
 """Where files come from, with a real HTTP server on this machine in place of the publishers."""
 
+import csv
 import gzip
 import hashlib
 import io
+import os
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -10,7 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from fedsim.data.files import ADULT, COMPAS, Source, load
+
+from fedsim.data.datasets import adult, drug_consumption, fashion_mnist, filmtrust, movielens_100k
+from fedsim.data.files import load
+from fedsim.data.sources import ADULT, COMPAS, DRUG_CONSUMPTION, FASHION_MNIST, FILMTRUST, MOVIELENS_100K, Source
+
+real = pytest.mark.skipif(
+    "FEDSIM_DATA" not in os.environ, reason="needs the data sets: set FEDSIM_DATA to their folder"
+)
+DATA = Path(os.environ.get("FEDSIM_DATA", "."))  # read before a test takes the variable away
 
 TEXT = b"1, 2\n3, 4\n" * 1000
 WORDS = b"a b\n" * 500
@@ -67,6 +77,11 @@ class Publisher:
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
+
+
+def content(folder: str, name: str) -> bytes:
+    place = DATA / folder / name
+    return place.read_bytes() if place.exists() else gzip.decompress((DATA / folder / f"{name}.gz").read_bytes())
 
 
 @pytest.fixture
@@ -231,3 +246,47 @@ def test_the_publishers_addresses_are_those_of_the_mirror_with_another_beginning
         with pytest.raises(ConnectionError):
             load(source)
         assert publisher.asked[-1] == address
+
+
+@real
+@pytest.mark.parametrize(
+    ("loader", "source", "examples"),
+    [
+        (adult, ADULT, 48_842),
+        (drug_consumption, DRUG_CONSUMPTION, 1885),
+        (fashion_mnist, FASHION_MNIST, 60_000),
+        (movielens_100k, MOVIELENS_100K, 100_000),
+        (filmtrust, FILMTRUST, 35_494),
+    ],
+)
+def test_the_real_files_pass_their_checksums_when_fetched(publisher, loader, source, examples):
+    files = {name: content(source.folder, name) for name in source.sha256}
+    ending = source.url.rsplit("/", 1)[1]
+    if ending.endswith(".zip"):
+        publisher.files[f"/{source.folder}/{ending}"] = archive(**files)
+    else:
+        publisher.files |= {
+            f"/{source.folder}/{ending.format(name=name)}": gzip.compress(file, 1) for name, file in files.items()
+        }
+    assert len(loader()) == len(loader()) == examples
+    assert len(publisher.asked) == len(publisher.files)
+
+
+@real
+def test_compas_as_its_publisher_has_it_passes_the_checksum_and_names_are_never_kept(publisher, cache):
+    name = "compas-scores-two-years.csv"
+    header, *rows = csv.reader(io.StringIO(content("compas", name).decode()))
+    # The publisher names two columns twice, writes -1 where the copy has -1.0, and has columns about persons.
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(["name", "dob", *(column.removesuffix(".1") for column in header)])
+    writer.writerows(["Jane Roe", "1970-01-01", *(cell.removesuffix(".0") for cell in row)] for row in rows)
+    publisher.files[f"/compas/{name}"] = text.getvalue().encode()
+    assert load(COMPAS)[name].content == load(COMPAS, DATA / "compas")[name].content
+    cached = (cache / "compas" / name).read_bytes()
+    assert b"name" not in cached and b"Jane Roe" not in cached and cached.startswith(b"sex,age,race,")
+    publisher.files[f"/compas/{name}"] = text.getvalue().replace(",Male,69,", ",Male,68,").encode()
+    (cache / "compas" / name).unlink()
+    with pytest.raises(ValueError, match="checksum"):
+        load(COMPAS)
+    assert nothing_in(cache)
