@@ -24,7 +24,6 @@ help: ## this list
 
 demo: $(READY) ## trains a first model, in seconds, and says where its report is
 	@$(BIN)/fedsim run fedavg/digits
-	@echo "Report: $$(ls -t runs/*/*/report/index.html | head -n 1)"
 
 test: $(READY) ## runs the tests; the slow ones only with CI=true; ARGUMENTS="..." go to pytest
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGUMENTS)

@@ -44,7 +44,7 @@ class Prox(Client):
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, which is also the anchor."""
-        return {"params": shared["params"], "anchor": shared["params"], "loss": data["mask"].sum() * 0.0}
+        return {"params": shared["params"], "anchor": shared["params"], "loss": torch.zeros((), dtype=torch.float64)}
 
     def step(self, state: Tree, batch: Batch) -> Tree:
         """One step on the batch's mean loss plus the proximal term, whose gradient is mu (w - anchor)."""

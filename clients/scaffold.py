@@ -47,7 +47,7 @@ class ControlledSgd(Client):
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, the correction c - c_k, and the steps taken."""
         correction = tree.map(torch.sub, shared["control"], personal["control"])
-        zero = data["mask"].sum() * 0.0
+        zero = torch.zeros((), dtype=torch.float64)
         return {
             "params": shared["params"],
             "correction": correction,

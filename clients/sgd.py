@@ -7,6 +7,8 @@ Data", AISTATS 2017, https://arxiv.org/abs/1602.05629, ClientUpdate.
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from fedsim.client import Client
 from fedsim.model import Model
 from fedsim.optim import Optimiser, sgd
@@ -40,7 +42,7 @@ class Sgd(Client):
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, and the optimiser at rest."""
         params = shared["params"]
-        return {"params": params, "optimiser": self.optimiser.init(params), "loss": data["mask"].sum() * 0.0}
+        return {"params": params, "optimiser": self.optimiser.init(params), "loss": torch.zeros((), dtype=torch.float64)}
 
     def step(self, state: Tree, batch: Batch) -> Tree:
         """One step of the optimiser on the batch's mean loss."""

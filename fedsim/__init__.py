@@ -1,1 +1,61 @@
-"""fedsim simulates federated learning: server strategies, simulated clients, engines that run them."""
+"""fedsim simulates federated learning.
+
+A *federation* is data by client, a *client* is what one does locally, a *strategy* is what the server does, an *engine*
+is where clients run. `fedsim.run("fedavg/digits")` runs an experiment, `fedsim.simulate(...)` one made of objects.
+"""
+
+from fedsim import tree
+from fedsim.client import Client
+from fedsim.config import ConfigError
+from fedsim.data.dataset import Dataset
+from fedsim.data.federation import Federation, Partition, divide
+from fedsim.engines.engine import Engine
+from fedsim.engines.local import Sequential, Vectorised, auto
+from fedsim.evaluation import Evaluate
+from fedsim.launch import Plan, Result, resume, run, simulate
+from fedsim.model import Model, gradient
+from fedsim.sampling import Draw, Sampler
+from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
+from fedsim.strategy import Strategy
+from fedsim.task import Batch, Cohort, Metrics, Params, Replies, Reply, Task, Traffic
+from fedsim.tree import Rows, Tree
+
+__all__ = [
+    "Batch",
+    "Client",
+    "Cohort",
+    "ConfigError",
+    "Dataset",
+    "Draw",
+    "Engine",
+    "Evaluate",
+    "Federation",
+    "Metrics",
+    "Model",
+    "Params",
+    "Partition",
+    "Plan",
+    "Replies",
+    "Reply",
+    "Result",
+    "Round",
+    "Rows",
+    "Sampler",
+    "Sequential",
+    "Snapshot",
+    "Strategy",
+    "Task",
+    "TooFewReplies",
+    "Traffic",
+    "Tree",
+    "Vectorised",
+    "auto",
+    "begin",
+    "divide",
+    "gradient",
+    "resume",
+    "rounds",
+    "run",
+    "simulate",
+    "tree",
+]

@@ -6,10 +6,10 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedsim import config, doctor
 from fedsim.config import ConfigError
@@ -26,13 +27,15 @@ from fedsim.launch import run as run_experiment
 from fedsim.progress import display
 from fedsim.report import compare as compare_runs
 from fedsim.report import write_report
+from fedsim.report.comparison import as_table
+from fedsim.runs import Run
 from fedsim.simulation import TooFewReplies
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="The data sets, and how experiments divide them.")
 app.add_typer(data, name="data")
-out = Console(soft_wrap=True, highlight=False, markup=False)
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, like strategy.lr=0.1.")]
 Root = Annotated[Path, typer.Option("--out", help="Folder under which the run's directory is made.")]
@@ -50,15 +53,19 @@ def _told(full: bool = False) -> Iterator[None]:
         errors.print(f"Error: {error}")
         raise typer.Exit(2) from None
     except TooFewReplies as error:
-        errors.print(f"The run failed: {error}")
+        errors.print("\n".join([f"The run failed: {error}", *_notes(error)]))
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("Interrupted. `fedsim resume` goes on from the last checkpoint.")
+    except KeyboardInterrupt as error:
+        errors.print("\n".join(["Interrupted.", *_notes(error)]))
         raise typer.Exit(130) from None
     except Exception as error:
         errors.print(traceback.format_exc().rstrip())
         errors.print(f"The run failed: {type(error).__name__}: {error}")
         raise typer.Exit(1) from None
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 @app.command()
@@ -88,7 +95,9 @@ def resume(
     tracker: TrackerName = None,
 ) -> None:
     """Go on with a run from its last checkpoint."""
-    with _told(), _reading():
+    with _told():
+        with _reading():
+            Run.open(path)
         _closing(resume_run(path, rounds=rounds, tracker=tracker, display=display))
 
 
@@ -112,17 +121,12 @@ def compare(
 @app.command("list")
 def list_() -> None:
     """The bundled experiments, and the plug-ins that have a short name."""
-    table = Table(show_header=False, box=None)
-    table.add_row("experiments", "", "")
-    for name in config.bundled():
-        table.add_row("", name, "")
+    rows = [("experiments", "", ""), *(("", name, "") for name in config.bundled())]
     for part, (group, _) in config.PARTS.items():
         known = config.names(group)
-        if known:
-            table.add_row(part, "", "")
-        for name, target in known.items():
-            table.add_row("", name, target)
-    out.print(table)
+        rows += [(part, "", "")] if known else []
+        rows += [("", name, target) for name, target in known.items()]
+    _print_rows(("", "", ""), rows)
 
 
 @app.command("doctor")
@@ -132,10 +136,8 @@ def doctor_(
 ) -> None:
     """Versions, devices, memory, and what would run where."""
     with _told():
-        table = Table(show_header=False, box=None)
-        for key, value in doctor.machine() + (doctor.outlook(experiment, changes or []) if experiment else []):
-            table.add_row(key, value)
-        out.print(table)
+        told = doctor.machine() + (doctor.outlook(experiment, changes or []) if experiment else [])
+        _print_rows(("", ""), told)
 
 
 @data.command("list")
@@ -150,7 +152,11 @@ def data_fetch(names: Annotated[list[str], typer.Argument(help="Names of data se
     """Fetch data sets from their publishers into the cache."""
     with _told(), _reading():
         for name in names:
-            out.print(f"{name}: {doctor.fetch(name)}")
+            try:
+                out.print(f"{name}: {doctor.fetch(name)}")
+            except ConnectionError as error:
+                errors.print(f"Error: {error}")
+                raise typer.Exit(1) from None
 
 
 @data.command("describe")
@@ -189,30 +195,27 @@ def _has(result: Result, name: str) -> bool:
 
 
 def _print_comparison(runs: list[Path], folder: Path | None) -> None:
-    comparison = compare_runs(runs, folder)
-    _print_rows(comparison.header, comparison.rows)
+    table = as_table(compare_runs(runs, folder))
+    _print_rows(table.header, table.rows)
+    if table.note:
+        out.print(table.note)
 
 
-def _print_rows(header: Any, rows: Any) -> None:
-    table = Table(*header, box=None, show_header=any(header))
+def _print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*header, box=None, show_header=any(header), pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
+    if not out.is_terminal:
+        out.width = 1000  # a file or a pipe has no width
     out.print(table)
 
 
-def _spread_out(arguments: list[str]) -> list[str]:
+def _spread_out(arguments: Sequence[str]) -> list[str]:
     """`--seeds 0 1 2` as `--seeds 0 --seeds 1 --seeds 2`, which the parser understands."""
     spread: list[str] = []
-    many = False
     for argument in arguments:
-        if argument == "--seeds":
-            many = True
-            continue
-        if many and argument.lstrip("-").isdigit():
-            spread += ["--seeds", argument]
-            continue
-        many = False
-        spread.append(argument)
+        another = len(spread) > 1 and spread[-2] == "--seeds" and spread[-1].isdigit() and argument.isdigit()
+        spread += ["--seeds", argument] if another else [argument]
     return spread
 
 

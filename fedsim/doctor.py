@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsim import tree
 from fedsim.config import ConfigError, assemble, read
 from fedsim.data import files
 from fedsim.data.datasets import CATALOGUE
@@ -32,10 +33,12 @@ def outlook(experiment: str, changes: Sequence[str]) -> Pairs:
     """What an experiment would run where, and how large it is."""
     asked, folder = read(experiment, changes)
     parts = assemble(asked, folder)
+    parts.engine.close()
     parameters = sum(leaf.numel() for leaf in parts.model.params.values())
-    bytes_each = sum(leaf.numel() * leaf.element_size() for leaf in parts.model.params.values())
-    cohort = len(parts.sample(1).ids)
+    bytes_each = tree.count_bytes(parts.model.params.values())
     task = parts.strategy.configure(parts.strategy.init(parts.model.params), 1)
+    ids = parts.sample(1).ids if task.ids is None else task.ids
+    cohort = len(ids)
     held = cohort if task.reduce == "stack" else 1
     rows = [
         ("experiment", f"{asked.name}, {asked.rounds} rounds"),
@@ -44,10 +47,9 @@ def outlook(experiment: str, changes: Sequence[str]) -> Pairs:
         ("engine", repr(parts.engine)),
         ("updates held at once", f"{held} of {amount(bytes_each)} (reduce = {task.reduce!r})"),
     ]
-    if isinstance(parts.engine, Vectorised) and task.action in parts.clients:
-        client = parts.clients[task.action]
-        sizes = parts.federation.sizes(client.split, parts.sample(1).ids)
-        block = parts.engine.width(task, int(sizes.max(initial=1)))
+    if isinstance(parts.engine, Vectorised):
+        sizes = parts.federation.sizes(parts.clients[task.action].split, ids)
+        block = parts.engine.block or parts.engine.width(task, int(sizes.max(initial=1)))
         rows.append(("block", f"{min(block, cohort)} clients at once"))
     return rows
 
@@ -67,17 +69,16 @@ def fetch(name: str) -> str:
         raise ConfigError(f"data set {name!r}: must be one of {', '.join(CATALOGUE)}")
     if name not in SOURCES:
         return "needs no files"
-    try:
-        files.load(SOURCES[name])
-    except ConnectionError as error:
-        raise RuntimeError(str(error)) from error
+    files.load(SOURCES[name])
     return files.whereabouts(SOURCES[name])
 
 
 def partition(experiment: str, changes: Sequence[str], column: str, plot: Path | None) -> tuple[Pairs, Path | None]:
     """How an experiment's partition came out, and the figure of it if one is asked for."""
     asked, folder = read(experiment, changes)
-    federation = assemble(asked, folder).federation
+    parts = assemble(asked, folder)
+    parts.engine.close()
+    federation = parts.federation
     description = describe(federation, column)
     rows = [(name, f"{value:g}") for name, value in description.summary().items()]
     for split, sizes in zip(("training", "validation", "test"), description.sizes.T, strict=True):

@@ -51,8 +51,8 @@ class Evaluate(Client):
         state = state | {"loss": state["loss"] + losses.sum(dtype=torch.float64)}
         if self.num_classes is not None:
             classes = torch.arange(self.num_classes)
-            truth = ((target[:, None] == classes) & mask[:, None]).to(outputs.dtype)  # (B, K)
-            guess = (outputs.argmax(-1)[:, None] == classes).to(outputs.dtype)  # (B, K)
+            truth = ((target[:, None] == classes) & mask[:, None]).float()  # (B, K); bfloat16 cannot count beyond 256
+            guess = (outputs.argmax(-1)[:, None] == classes).float()  # (B, K)
             state["confusion"] = state["confusion"] + (truth.T @ guess).to(torch.int64)
         return state
 
@@ -89,7 +89,7 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evalua
 
 
 def spread(evaluation: Evaluation) -> Metrics:
-    """How unevenly a measure is spread over clients that have examples: its least value, 10th percentile and deviation."""
+    """How unevenly measures are spread over the clients that have examples: least, 10th percentile, deviation."""
     some = evaluation.clients["examples"] > 0
     metrics: Metrics = {}
     for name in evaluation.pooled.keys() - {"examples", "loss"}:

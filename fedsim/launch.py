@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 import tomli_w
@@ -20,6 +20,7 @@ from fedsim.evaluation import Evaluate, Evaluation, evaluate, spread
 from fedsim.model import Model
 from fedsim.progress import Display, Silent
 from fedsim.randomness import rng
+from fedsim.ranges import Count, Natural, check
 from fedsim.report import write_report
 from fedsim.runs import Run
 from fedsim.sampling import Sampler, everyone
@@ -27,6 +28,7 @@ from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.strategy import Strategy
 from fedsim.task import Cohort, Metrics, Params
 from fedsim.trackers import Tracker, track
+from fedsim.trackers import check as check_tracker
 
 DisplayFor = Callable[[str, int, int], Display]  # (label, rounds, rounds done already)
 
@@ -34,20 +36,30 @@ DisplayFor = Callable[[str, int, int], Display]  # (label, rounds, rounds done a
 class Plan(NamedTuple):
     """How long a simulation runs, and what is written down when."""
 
-    rounds: int
+    rounds: Count
     name: str = "simulation"
-    seed: int = 0
-    evaluate_every: int = 1  # 0: never
-    evaluate_clients: int | None = None  # None: all that have a test part
-    checkpoint_every: int = 10
-    keep_checkpoints: int | Literal["all"] = 2
-    min_replies: int = 1
-    threads: int = 1
+    seed: Natural = 0
+    evaluate_every: Natural = 1  # 0: never
+    evaluate_clients: Count | None = None  # None: all that have a test part
+    checkpoint_every: Count = 10
+    keep_checkpoints: Count | Literal["all"] = 2
+    min_replies: Count = 1
+    threads: Count = 1
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Plan":
         """The plan of an experiment."""
         return cls(**{name: getattr(experiment, name) for name in cls._fields})
+
+
+class Job(NamedTuple):
+    """A simulation that may begin: all that can be checked beforehand has been."""
+
+    assembly: Assembly
+    plan: Plan
+    cohorts: dict[str, tuple[Engine, Sequence[int]]]  # who is evaluated, by the name of the part
+    tables: Mapping[str, Any]  # for the tracker
+    tracker: str | None = None
 
 
 class Result(NamedTuple):
@@ -88,21 +100,28 @@ def run(
     """
     asked, folder = read(experiment, changes)
     with threads(asked.threads):
-        assembly = assemble(asked, folder)
-        directory = Run.create(Path(root), asked.name, asked.seed, asked.toml(), _environment(assembly))
-        return _drive(assembly, Plan.of(asked), directory, False, tracker, asked.model_dump(), display)
+        job = _job(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
+        return _drive(job, _create(Path(root), job, asked.toml()), False, display)
 
 
 def resume(
     path: str | Path, *, rounds: int | None = None, tracker: str | None = None, display: DisplayFor | None = None
 ) -> Result:
-    """Goes on with a run from its last checkpoint, as if it had never stopped; `rounds` lets it run longer."""
+    """Goes on with a run from its last checkpoint, as if it had never stopped; `rounds` lets it run longer.
+
+    Raises:
+        FileNotFoundError: there is no run in this directory.
+        ConfigError: its experiment or its last checkpoint cannot be read, or it has had more `rounds` than that.
+        TooFewReplies: as for `run`.
+    """
     directory = Run.open(Path(path))
-    asked, folder = read(directory.path / "experiment.toml", () if rounds is None else (f"rounds={rounds}",))
-    if rounds is not None:
-        directory.describe(asked.toml())
+    experiment = directory.path / "experiment.toml"
+    if "\n[objects]" in experiment.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(f"{directory.path} was made of objects: go on with it by fedsim.simulate(..., resume=...)")
+    asked, folder = read(experiment, () if rounds is None else (f"rounds={rounds}",))
     with threads(asked.threads):
-        return _drive(assemble(asked, folder), Plan.of(asked), directory, True, tracker, asked.model_dump(), display)
+        job = _job(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
+        return _drive(job, directory, True, display, asked.toml())
 
 
 def simulate(
@@ -132,6 +151,8 @@ def simulate(
         resume: the directory of a run of the same objects, to go on with.
         display: what to show meanwhile; nothing if None.
     """
+    for name, hint in get_type_hints(Plan, include_extras=True).items():
+        check(f"plan.{name}", getattr(plan, name), hint)
     classes = len(federation.names["y"]) if "y" in federation.names else None
     actions = {"evaluate": Evaluate(model=model, num_classes=classes)} | dict(clients)
     engine = engine or auto(federation, actions, plan.seed)
@@ -140,11 +161,9 @@ def simulate(
     told = {name: repr(value) for name, value in {"strategy": strategy, **clients}.items()}
     tables = {name: value for name, value in plan._asdict().items() if value is not None} | {"objects": told}
     with threads(plan.threads):
-        if resume is not None:
-            directory = Run.open(Path(resume))
-        else:
-            directory = Run.create(Path(root), plan.name, plan.seed, tomli_w.dumps(tables), _environment(assembly))
-        return _drive(assembly, plan, directory, resume is not None, None, tables, display)
+        job, written = _job(assembly, plan, tables), tomli_w.dumps(tables)
+        directory = _create(Path(root), job, written) if resume is None else Run.open(Path(resume))
+        return _drive(job, directory, resume is not None, display, written)
 
 
 @contextmanager
@@ -158,59 +177,71 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _environment(assembly: Assembly) -> dict[str, Any]:
-    parameters = sum(leaf.numel() for leaf in assembly.model.params.values())
-    return environment() | {
-        "engine": repr(assembly.engine),
-        "num_clients": assembly.federation.num_clients,
-        "parameters": parameters,
+def _job(assembly: Assembly, plan: Plan, tables: Mapping[str, Any], tracker: str | None = None) -> Job:
+    if tracker is not None:
+        check_tracker(tracker)
+    return Job(assembly, plan, _evaluated(assembly, plan), tables, tracker)
+
+
+def _create(root: Path, job: Job, experiment: str) -> Run:
+    """A new directory for this job."""
+    parts = job.assembly
+    told = environment() | {
+        "engine": repr(parts.engine),
+        "num_clients": parts.federation.num_clients,
+        "parameters": sum(leaf.numel() for leaf in parts.model.params.values()),
     }
+    try:
+        return Run.create(root, job.plan.name, job.plan.seed, experiment, told)
+    except OSError as error:
+        raise ConfigError(f"no directory can be made for the run in {root}: {error}") from error
 
 
-def _drive(
-    assembly: Assembly,
-    plan: Plan,
-    directory: Run,
-    resuming: bool,
-    tracker: str | None,
-    tables: Mapping[str, Any],
-    display: DisplayFor | None,
-) -> Result:
+def _begin(job: Job, directory: Run, resuming: bool) -> Snapshot:
+    """The snapshot to go on from; what was written down after it is taken back."""
+    parts, plan = job.assembly, job.plan
+    snapshot = begin(parts.strategy, parts.model.params, parts.clients, parts.federation.num_clients, plan.seed)
+    if not resuming:
+        return snapshot
+    try:
+        if found := directory.checkpoints():
+            snapshot = directory.load(found[-1], snapshot)
+        if snapshot.round > plan.rounds:
+            raise ValueError(f"rounds = {plan.rounds}: must be at least {snapshot.round}, so many have been done")
+        directory.rewind(snapshot.round)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return snapshot
+
+
+def _drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None, experiment: str = "") -> Result:
     """Takes the rounds that are still to do, writes them down, and makes the report."""
-    cohorts = _evaluated(assembly, plan)
-    snapshot = begin(
-        assembly.strategy, assembly.model.params, assembly.clients, assembly.federation.num_clients, plan.seed
-    )
-    if resuming and directory.checkpoints():
-        snapshot = directory.load(directory.checkpoints()[-1], snapshot)
-    directory.rewind(snapshot.round)
+    parts, plan = job.assembly, job.plan
+    snapshot = _begin(job, directory, resuming)
+    if resuming:
+        directory.describe(experiment)
     shown = display(plan.name, plan.rounds, snapshot.round) if display else Silent()
-    sent = closing(track(tracker, plan.name, directory.path, tables)) if tracker else nullcontext()
-    with assembly.engine, shown as screen, sent as elsewhere:
+    sent = closing(track(job.tracker, plan.name, directory.path, job.tables)) if job.tracker else nullcontext()
+    with parts.engine, shown as screen, sent as elsewhere:
         try:
-            steps = rounds(assembly.strategy, assembly.engine, assembly.sample, snapshot, plan.min_replies)
-            for step in islice(steps, max(0, plan.rounds - snapshot.round)):
+            steps = rounds(parts.strategy, parts.engine, parts.sample, snapshot, plan.min_replies)
+            for step in islice(steps, plan.rounds - snapshot.round):
                 snapshot = step.snapshot
-                _note(step, assembly, plan, directory, cohorts, screen, elsewhere)
-        except TooFewReplies as error:
-            directory.record_failures(error.round, error.failed)
-            directory.save(snapshot, plan.keep_checkpoints)
+                _note(step, job, directory, screen, elsewhere)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, TooFewReplies):
+                directory.record_failures(error.round, error.failed)
+                directory.save(snapshot, plan.keep_checkpoints)
+            error.add_note(f"The run is in {directory.path}; it can be resumed.")
             raise
     write_report(directory.path)
-    return Result(directory.metrics(), assembly.strategy.params(snapshot.state), directory.path)
+    return Result(directory.metrics(), parts.strategy.params(snapshot.state), directory.path)
 
 
-def _note(
-    step: Round,
-    assembly: Assembly,
-    plan: Plan,
-    directory: Run,
-    cohorts: Mapping[str, tuple[Engine, Sequence[int]]],
-    screen: Display,
-    elsewhere: Tracker | None,
-) -> None:
+def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tracker | None) -> None:
     """Evaluates if it is time, writes the round down, and then the checkpoint: what a checkpoint covers is on disk."""
-    number, last = step.snapshot.round, step.snapshot.round == plan.rounds
+    plan, snapshot = job.plan, step.snapshot
+    number, last = snapshot.round, snapshot.round == plan.rounds
     metrics: Metrics = {
         "round": number,
         "seconds": step.seconds,
@@ -221,16 +252,16 @@ def _note(
     } | step.metrics
     directory.record_failures(number, step.failed)
     if plan.evaluate_every and (number % plan.evaluate_every == 0 or last):
-        parts = {name: _evaluate(name, *cohort, assembly, step.snapshot) for name, cohort in cohorts.items()}
+        parts = {name: _evaluate(name, job, snapshot) for name in job.cohorts}
         for name, part in parts.items():
             metrics |= {f"{name}/{measure}": value for measure, value in part.pooled.items() if measure != "examples"}
             directory.record_failures(number, {ident: f"evaluating: {why}" for ident, why in part.failed.items()})
         if "clients" in parts:
             metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
-        directory.save_evaluation(number, parts, assembly.federation.names.get("y", ()))
+        directory.save_evaluation(number, parts, job.assembly.federation.names.get("y", ()))
     directory.record(metrics)
     if number % plan.checkpoint_every == 0 or last:
-        directory.save(step.snapshot, plan.keep_checkpoints)
+        directory.save(snapshot, plan.keep_checkpoints)
     screen.show(metrics)
     if elsewhere is not None:
         elsewhere.log(metrics)
@@ -251,14 +282,15 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
         cohorts["clients"] = (assembly.engine, ids.tolist())
     if not cohorts:
         raise ConfigError(
-            f"{assembly.federation.name} has nothing to evaluate on, neither a common test set nor a {client.split} part "
-            "at its clients: set split.test (0.2, say), or evaluate_every = 0"
+            f"{assembly.federation.name} has nothing to evaluate on, neither a common test set nor a {client.split} "
+            "part at its clients: set split.test (0.2, say), or evaluate_every = 0"
         )
     return cohorts
 
 
-def _evaluate(name: str, engine: Engine, ids: Sequence[int], assembly: Assembly, snapshot: Snapshot) -> Evaluation:
-    shared = {"params": assembly.strategy.params(snapshot.state)}
+def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:
+    engine, ids = job.cohorts[name]
+    shared = {"params": job.assembly.strategy.params(snapshot.state)}
     personal = snapshot.personal.gather(ids) if name == "clients" else {}
     found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round)
     if len(found.failed) == len(ids):

@@ -25,8 +25,11 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """|output - target|^2 / 2 for each example, (B,)."""
-    return 0.5 * (outputs - targets).square().flatten(1).sum(1)
+    """|output - target|^2 / 2 for each example, (B,); outputs (B, 1) may be compared with targets (B,)."""
+    if outputs.numel() != targets.numel():
+        raise ValueError(f"outputs of shape {tuple(outputs.shape)} against targets of shape {tuple(targets.shape)}")
+    difference = outputs.reshape(targets.shape) - targets  # (B, 1) minus (B,) would be (B, B)
+    return 0.5 * difference[:, None].square().flatten(1).sum(1)
 
 
 def gradient(loss: Callable[..., Tensor], params: Tree, *arguments: Any) -> tuple[Tensor, Tree]:
@@ -59,11 +62,15 @@ class Model:
 
     def __post_init__(self) -> None:
         for name, part in self.module.named_modules():
-            if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
-                raise ValueError(
-                    f"module {name or 'itself'} is {type(part).__name__} with running statistics, which are neither "
-                    "parameters nor the same for two clients: use GroupNorm or LayerNorm"
-                )
+            if not isinstance(part, nn.modules.batchnorm._NormBase):
+                continue
+            if part.track_running_stats:
+                why = " with running statistics, which are neither parameters nor the same for two clients"
+            elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+                why = ", which mixes the examples of a batch, those that only fill it up included"
+            else:
+                continue
+            raise ValueError(f"module {name or 'itself'} is {type(part).__name__}{why}: use GroupNorm or LayerNorm")
 
     @cached_property
     def params(self) -> Params:

@@ -72,7 +72,7 @@ def cnn(federation: Federation, seed: Natural = 0, channels: Sequence[Count] = (
         parts: list[nn.Module] = []
         for into, out in pairwise([depth, *channels]):
             parts += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        inner = nn.Linear(channels[-1] * size[0] * size[1], hidden)
+        inner = nn.Linear([depth, *channels][-1] * size[0] * size[1], hidden)
         return nn.Sequential(*parts, nn.Flatten(), inner, nn.ReLU(), nn.Linear(hidden, _classes(federation)))
 
     return Model(seeded(seed, build))

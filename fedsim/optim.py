@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fedsim import tree
-from fedsim.ranges import NonNegative, Positive, Probability, checked
+from fedsim.ranges import Decay, NonNegative, Positive, Probability, checked
 from fedsim.task import Params
 from fedsim.tree import Tree
 
@@ -43,8 +43,8 @@ def sgd(lr: Positive, momentum: Probability = 0.0, weight_decay: NonNegative = 0
 @checked
 def adam(
     lr: Positive,
-    beta1: Probability = 0.9,
-    beta2: Probability = 0.999,
+    beta1: Decay = 0.9,
+    beta2: Decay = 0.999,
     epsilon: Positive = 1e-8,
     weight_decay: NonNegative = 0.0,
 ) -> Optimiser:
@@ -53,7 +53,8 @@ def adam(
     def init(params: Params) -> Tree:
         first = next(iter(params.values()))
         zeros = tree.map(torch.zeros_like, params)
-        return {"steps": first.new_zeros(()), "mean": zeros, "square": zeros}
+        # Counted in float64 whatever the model's type: in bfloat16 257 is 256, and in float32 1 - beta2 is off by 1e-5.
+        return {"steps": first.new_zeros((), dtype=torch.float64), "mean": zeros, "square": zeros}
 
     def update(gradient: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         if weight_decay:

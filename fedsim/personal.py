@@ -53,8 +53,10 @@ class Personal:
         unknown = kept.keys() - before.keys()
         if unknown:
             raise ValueError(f"a client keeps {sorted(unknown)}, but its personal() makes only {sorted(before)}")
+        rows = before | kept
+        tree.map(_same_kind, before, rows)  # first, so that what is refused changes nothing
         slots = self._allocate(ids, before)
-        self._write(slots, before | kept)
+        tree.map(lambda leaf, new: leaf.index_copy_(0, slots, new), self._rows, rows)
 
     def _allocate(self, ids: Sequence[int], like: Tree) -> Tensor:
         new = [client for client in ids if self._slot[client] < 0]
@@ -68,17 +70,6 @@ class Personal:
                 tree.map(lambda leaf, old: leaf[:capacity].copy_(old), grown, self._rows)
             self._rows = grown
         return self._slot[torch.as_tensor(list(ids))]
-
-    def _write(self, slots: Tensor, rows: Tree) -> None:
-        def put(leaf: Tensor, new: Tensor) -> Tensor:
-            if leaf.shape[1:] != new.shape[1:] or leaf.dtype != new.dtype:
-                raise ValueError(
-                    f"a client keeps a tensor {tuple(new.shape[1:])} of {new.dtype} where it had "
-                    f"{tuple(leaf.shape[1:])} of {leaf.dtype}"
-                )
-            return leaf.index_copy_(0, slots, new)
-
-        tree.map(put, self._rows, rows)
 
     def flat(self) -> dict[str, Tensor]:
         """All of it as named tensors, for a checkpoint: the ids (S,) of those seen, and their rows (S, ...)."""
@@ -96,3 +87,11 @@ class Personal:
         ids = flat["ids"].tolist()
         rows = {name.removeprefix("rows/"): leaf for name, leaf in flat.items() if name != "ids"}
         self.scatter(ids, tree.restore(rows, self.gather(ids), "what clients keep"))
+
+
+def _same_kind(before: Tensor, new: Tensor) -> None:
+    if before.shape[1:] != new.shape[1:] or before.dtype != new.dtype:
+        raise ValueError(
+            f"a client keeps a tensor {tuple(new.shape[1:])} of {new.dtype} where it had "
+            f"{tuple(before.shape[1:])} of {before.dtype}"
+        )

@@ -45,10 +45,11 @@ def keys(*path: Any) -> NDArray[np.uint64]:
     """
     result: Any = 0
     for part in path:
+        number: Any
         if isinstance(part, np.ndarray):
-            number, result = part.astype(np.uint64), np.asarray(result, dtype=np.uint64)
+            number, result = np.atleast_1d(part).astype(np.uint64), np.asarray(result, dtype=np.uint64)
         else:
-            number = _number(part)
+            number = _number(part) & _ALL
         if isinstance(result, np.ndarray):
             number = np.asarray(number, dtype=np.uint64)
         result = _scramble(((result ^ number) + _GOLDEN) & _ALL)

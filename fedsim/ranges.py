@@ -10,6 +10,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator
+from numbers import Real
 from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
@@ -18,6 +19,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 Share = Annotated[float, Interval(gt=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 
@@ -43,8 +45,11 @@ def limits(hint: Any) -> Iterator[Any]:
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raises ValueError when `value` lies outside the range that its type `hint` states."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Raises ValueError when `value`, or an element of it, lies outside the range that its type `hint` states."""
+    if isinstance(value, list | tuple):
+        for position, element in enumerate(value):
+            check(f"{name}[{position}]", element, hint)
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
         return
     wanted = [(_SIGNS[type(limit)], limit) for limit in limits(hint) if type(limit) in _SIGNS]
     if not all(holds(value, getattr(limit, field)) for (_, field, holds), limit in wanted):

@@ -41,6 +41,8 @@ class Run:
                 break
             except FileExistsError:  # another run began in the same second
                 continue
+        else:
+            raise FileExistsError(f"{root / name} holds a thousand runs of this very second")
         run = cls(path)
         replace(path / "environment.json", json.dumps(environment, indent=2).encode())
         run.describe(experiment)
@@ -69,7 +71,8 @@ class Run:
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Appends one round."""
-        whole = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        numbers = {name: v if isinstance(v, int | float) else float(v) for name, v in metrics.items()}  # () tensors too
+        whole = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         append(self.metrics_file, [whole])
 
     def record_failures(self, round: int, failed: Mapping[int, str]) -> None:
@@ -77,8 +80,9 @@ class Run:
         append(self.failures_file, [{"round": round, "client": ident, "reason": why} for ident, why in failed.items()])
 
     def metrics(self) -> list[Metrics]:
-        """The rounds so far."""
-        return read_lines(self.metrics_file)
+        """The rounds so far; NaN for what was not finite."""
+        lines = read_lines(self.metrics_file)
+        return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
     def save_evaluation(self, round: int, parts: Mapping[str, Evaluation], classes: tuple[str, ...]) -> None:
         """Writes the last evaluation: clients.csv and evaluation.json."""
@@ -93,7 +97,8 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+        found = (self.path / "checkpoints").glob("round-*.safetensors")
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("round-")))
 
     def save(self, snapshot: Snapshot, keep: int | Literal["all"]) -> Path:
         """Writes a checkpoint, then removes all but the last `keep` of them ("all": removes none)."""
@@ -136,7 +141,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
             metadata = file.metadata() or {}
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+        raise ValueError(f"checkpoint {path} is damaged: {error}; remove it to go on from the one before it") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}")
     return flat, int(metadata["round"])
@@ -163,8 +168,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file, without a last one that was cut off in the middle of writing."""
     if not path.exists():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["round"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged: it must be an object with a round, got {line[:80]!r}"
+            ) from error
+    return lines
 
 
 def as_csv(columns: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -62,8 +62,8 @@ def weighted(
 ) -> Sampler:
     """As `uniform`, but a client is the likelier the more training examples it has; never one without any.
 
-    Drawn without replacement, one after the other in proportion to size (Efraimidis, Spirakis, "Weighted random sampling
-    with a reservoir", 2006).
+    Drawn without replacement, one after the other in proportion to size (Efraimidis, Spirakis, "Weighted random
+    sampling with a reservoir", 2006).
     """
     size = _size(federation.num_clients, fraction, count)
     sizes = federation.sizes()
@@ -132,20 +132,20 @@ def read_trace(path: Path, num_clients: int) -> Ids:
     """The spans of an availability trace: (S, 3) of client, first and last round."""
     if not path.is_file():
         raise FileNotFoundError(f"trace {path} does not exist")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames is None or list(reader.fieldnames) != ["client", "first", "last"]:
             raise ValueError(f"trace {path} must have the columns client, first, last, got {reader.fieldnames}")
         spans = []
         for row in reader:
             try:
-                client, first, last = (int(row[name]) for name in ("client", "first", "last"))
-            except (TypeError, ValueError):
+                client, first, last = (int(value) for value in row.values())
+            except (TypeError, ValueError):  # as raised for a missing value, None, and for surplus ones, a list
                 raise ValueError(f"trace {path}, line {reader.line_num}: not three integers: {row}") from None
-            if not 0 <= client < num_clients or first > last:
+            if not 0 <= client < num_clients or not 0 <= first <= last < 2**63:
                 raise ValueError(
-                    f"trace {path}, line {reader.line_num}: client must be in 0..{num_clients - 1} and first <= last, "
-                    f"got {client}, {first}, {last}"
+                    f"trace {path}, line {reader.line_num}: client must be in 0..{num_clients - 1} and "
+                    f"0 <= first <= last < 2**63, got {client}, {first}, {last}"
                 )
             spans.append((client, first, last))
     return np.array(spans, dtype=np.int64).reshape(-1, 3)

@@ -1,9 +1,11 @@
 """Trackers: the metrics of a run, also sent to TensorBoard, Weights & Biases or MLflow."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsim.config import ConfigError
 from fedsim.task import Metrics
 
 
@@ -52,7 +54,7 @@ class WandB:
 
 
 class MLflow:
-    """A run of MLflow, at MLFLOW_TRACKING_URI or else in the run's directory, under mlflow/."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI or else in the run's directory, in mlflow.db."""
 
     def __init__(self, name: str, path: Path, tables: Mapping[str, Any]) -> None:
         import os
@@ -62,8 +64,9 @@ class MLflow:
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path / 'mlflow.db'}")
         found = self.client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self.client.create_experiment(name)
-        self.run = self.client.create_run(experiment, run_name=path.name).info.run_id
-        for key, value in flat(tables):
+        same = self.client.search_runs([experiment], f"attributes.run_name = '{path.name}'")  # a run that is resumed
+        self.run = (same[0] if same else self.client.create_run(experiment, run_name=path.name)).info.run_id
+        for key, value in [] if same else flat(tables):
             self.client.log_param(self.run, key, str(value)[:500])
 
     def log(self, metrics: Metrics) -> None:
@@ -92,15 +95,15 @@ TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
 }
 
 
-def track(tracker: str, name: str, path: Path, tables: Mapping[str, Any]) -> Tracker:
-    """Opens a tracker by its name.
-
-    Raises:
-        ValueError: there is no tracker of that name, or what it needs is not installed.
-    """
+def check(tracker: str) -> None:
+    """Raises ConfigError when there is no tracker of that name, or what it needs is not installed."""
     if tracker not in TRACKERS:
-        raise ValueError(f"tracker {tracker!r}: must be one of {', '.join(TRACKERS)}")
-    try:
-        return TRACKERS[tracker](name, path, tables)
-    except ImportError as error:
-        raise ValueError(f"tracker {tracker!r} is not installed ({error}): pip install 'fedsim[{tracker}]'") from error
+        raise ConfigError(f"tracker {tracker!r}: must be one of {', '.join(TRACKERS)}")
+    if find_spec(tracker) is None:  # each is called like the package it needs
+        raise ConfigError(f"tracker {tracker!r} is not installed: pip install 'fedsim[{tracker}]'")
+
+
+def track(tracker: str, name: str, path: Path, tables: Mapping[str, Any]) -> Tracker:
+    """Opens a tracker by its name; raises ConfigError as `check` does."""
+    check(tracker)
+    return TRACKERS[tracker](name, path, tables)

@@ -191,14 +191,15 @@ def total(tree: Tree) -> Tree:
 
 def scale(rows: Rows, factor: Tensor) -> Rows:
     """Stacked rows (C, R, ...), those of each client multiplied by its factor (C,)."""
-    shape = (-1, *[1] * (rows.values.ndim - 1))
-    return Rows(rows.index, rows.values * factor.to(rows.values.dtype).reshape(shape), rows.size)
+    values = rows.values if rows.values.is_floating_point() else rows.values.float()
+    shape = (-1, *[1] * (values.ndim - 1))
+    return Rows(rows.index, values * factor.to(values.dtype).reshape(shape), rows.size)
 
 
 def norm(tree: Tree) -> Tensor:
-    """The Euclidean norm of all leaves together, ()."""
+    """The Euclidean norm of all leaves together, (); zero if there are none."""
     parts = [leaf.dense() if isinstance(leaf, Rows) else leaf for leaf in leaves(tree)]
-    return torch.stack([part.square().sum() for part in parts]).sum().sqrt()
+    return sum((part.square().sum() for part in parts), torch.zeros(())).sqrt()
 
 
 def count_bytes(tensors: Iterable[Tensor | Rows]) -> int:

@@ -1,8 +1,8 @@
 """From an experiment file to the objects of a simulation.
 
-One rule: a table with `use` names a callable, its other keys are that callable's arguments. Keys are checked against the
-callable's signature and types before anything starts. Arguments that an experiment need not state because it has them
-anyway (the model, the federation, the seed, ...) are filled in by name.
+One rule: a table with `use` names a callable, its other keys are that callable's arguments. Keys are checked against
+the callable's signature and types before anything starts. Arguments that an experiment need not state because it has
+them anyway (the model, the federation, the seed, ...) are filled in by name.
 """
 
 from fedsim.config.experiment import PARTS, Assembly, Experiment, assemble, bundled, locate, read

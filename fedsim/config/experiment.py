@@ -4,15 +4,17 @@ import copy
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import tomli_w
+from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsim.client import Client
-from fedsim.config.plugins import HOME, ConfigError, absolute, closest
-from fedsim.config.recipe import explain, recipe
-from fedsim.data.federation import Federation
+from fedsim.config.plugins import HOME, ConfigError, absolute, closest, shown
+from fedsim.config.recipe import Recipe, describe, recipe, unfit
+from fedsim.data.dataset import Dataset
+from fedsim.data.federation import Federation, Partition
 from fedsim.engines.engine import Engine
 from fedsim.model import Model
 from fedsim.sampling import Sampler
@@ -20,6 +22,15 @@ from fedsim.strategy import Strategy
 
 Table = dict[str, Any]
 EXPERIMENTS = HOME / "experiments"
+Number = Annotated[int, Interval(ge=1, le=10**9)]
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="a string of 1 to 100 letters, digits, '.', '_' and '-', of which the first is a letter or a digit",
+    ),
+]
 
 
 class Experiment(BaseModel):
@@ -27,15 +38,15 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    rounds: Annotated[int, Field(ge=1)]
-    evaluate_every: Annotated[int, Field(ge=0)] = 1  # 0: never
-    evaluate_clients: Annotated[int, Field(ge=1)] | None = None  # how many clients evaluate; None: all with a test part
-    checkpoint_every: Annotated[int, Field(ge=1)] = 10
-    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = 2  # the last so many
-    min_replies: Annotated[int, Field(ge=1)] = 1
-    threads: Annotated[int, Field(ge=1)] = 1  # of torch; more change the last bits of a sum
+    name: Name
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
+    rounds: Number
+    evaluate_every: Annotated[int, Interval(ge=0, le=10**9)] = 1  # 0: never
+    evaluate_clients: Number | None = None  # how many clients evaluate; None: all with a test part
+    checkpoint_every: Number = 10
+    keep_checkpoints: Number | Literal["all"] = 2  # the last so many
+    min_replies: Number = 1
+    threads: Annotated[int, Interval(ge=1, le=1024)] = 1  # of torch; more change the last bits of a sum
     data: Table
     partition: Table
     split: Table = {"use": "fedsim.data.federation:divide"}
@@ -72,6 +83,9 @@ def read(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) ->
     """
     if isinstance(source, Mapping):
         tables, folder, label = copy.deepcopy(dict(source)), None, "experiment"
+        for key, value in tables.items():
+            if reason := unfit({key: value}):
+                raise ConfigError(f"{label}: {key} = {shown(value)}: {reason}")
     else:
         path = locate(source)
         tables, folder, label = _parse(path), path.resolve().parent, str(path)
@@ -80,19 +94,40 @@ def read(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) ->
     try:
         experiment = Experiment.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(f"{label}: {explain(error, '', keys=Experiment.model_fields)}") from None
+        raise ConfigError("\n".join(f"{label}: {line}" for line in _faults(tables, error))) from None
     return experiment.model_copy(update=_absolute(experiment, folder)), folder
+
+
+def _faults(tables: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """A line for each key that is wrong: the key, its value, and what is allowed."""
+    hints = get_type_hints(Experiment, include_extras=True)
+    lines = {}
+    for problem in error.errors(include_url=False):
+        key, *inner = (str(part) for part in problem["loc"])
+        hint, value, place = hints.get(key), tables.get(key), key
+        if key == "clients" and inner:
+            hint, value, place = Table, problem["input"], f"{key}.{inner[0]}"
+        line = f"{place} = {shown(value)}: must be {describe(hint)}"
+        if problem["type"] == "missing":
+            line = f"{place} is missing: it must be {describe(hint)}{' with `use`' if hint is Table else ''}"
+        elif problem["type"] == "extra_forbidden":
+            line = f"{place} = {shown(value)}: unknown key {place}{closest(place, hints)}"
+        elif problem["type"] == "too_short" and key == "clients":
+            line = f"{place} = {shown(value)}: must be a table for each action, such as clients.train"
+        lines[place] = line
+    return list(lines.values())
 
 
 def locate(source: str | Path) -> Path:
     """The file of an experiment given by its path or by the name of a bundled one."""
-    for path in (Path(source), Path(f"{source}.toml"), EXPERIMENTS / f"{source}.toml", EXPERIMENTS / source):
-        if path.is_file():
-            return path
-    known = bundled()
-    raise ConfigError(
-        f"experiment {str(source)!r}: no such file, nor a bundled experiment{closest(str(source), known)}"
-    )
+    try:
+        for path in (Path(source), Path(f"{source}.toml"), EXPERIMENTS / f"{source}.toml", EXPERIMENTS / source):
+            if path.is_file():
+                return path
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise ConfigError(f"experiment {shown(str(source))}: {error.strerror}") from None
+    near = closest(str(source), bundled())
+    raise ConfigError(f"experiment {shown(str(source))}: no such file, nor a bundled experiment{near}")
 
 
 def bundled() -> list[str]:
@@ -105,24 +140,29 @@ def _parse(path: Path) -> Table:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not an experiment: its values are nested too deeply") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def _change(tables: Table, change: str) -> None:
     key, equals, text = change.partition("=")
-    if not equals or not all(key.strip().split(".")):
-        raise ConfigError(f"--set {change}: must be like strategy.lr=0.1")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {shown(change)}: must be like strategy.lr=0.1")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
+        parsed = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = {}
+    value = parsed["value"] if len(parsed) == 1 else text
+    *path, last = parts
     branch = tables
-    for part in path:
-        branch = branch.setdefault(part, {})
+    for depth, part in enumerate(path):
+        default = None if depth else getattr(Experiment.model_fields.get(part), "default", None)
+        branch = branch.setdefault(part, dict(default) if isinstance(default, dict) else {})
         if not isinstance(branch, dict):
-            raise ConfigError(f"--set {change}: {part} is {branch!r}, not a table")
+            raise ConfigError(f"--set {shown(change)}: {part} = {shown(branch)}, which is not a table")
     branch[last] = value
 
 
@@ -159,13 +199,30 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
     actions = {"evaluate": {"use": "fedsim.evaluation:Evaluate"}} | experiment.clients
     locals_ = {name: recipe(table, f"clients.{name}", *PARTS["clients"], folder) for name, table in actions.items()}
     context: dict[str, Any] = {"seed": experiment.seed}
-    dataset = context["dataset"] = recipes["data"].make(context)
+    dataset = context["dataset"] = _made(recipes["data"], context, Dataset)
     context["columns"] = dataset.columns
-    context["partition"] = recipes["partition"].make(context)
-    federation = context["federation"] = recipes["split"].make(context)
+    context["partition"] = _made(recipes["partition"], context, Partition)
+    federation = context["federation"] = _made(recipes["split"], context, Federation)
     context["num_clients"] = federation.num_clients
     context["num_classes"] = len(federation.names["y"]) if "y" in federation.names else None
-    context["model"] = recipes["model"].make(context)
-    context["clients"] = {name: part.make(context) for name, part in locals_.items()}
-    strategy, sample, engine = (recipes[name].make(context) for name in ("strategy", "sample", "engine"))
-    return Assembly(federation, context["model"], strategy, context["clients"], sample, engine)
+    model = context["model"] = _made(recipes["model"], context, Model)
+    clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
+    strategy = _made(recipes["strategy"], context, Strategy)
+    asked = strategy.configure(strategy.init(model.params), 1).action
+    if asked not in clients:
+        raise ConfigError(
+            f"clients.{asked} is missing: {recipes['strategy'].use} asks the clients to {asked}; "
+            f"there are clients.{', clients.'.join(clients)}"
+        )
+    sample = recipes["sample"].make(context)
+    if not callable(sample):
+        raise ConfigError(f"sample: {recipes['sample'].use} gives {shown(sample)}, it must give a sampler (a function)")
+    return Assembly(federation, model, strategy, clients, sample, _made(recipes["engine"], context, Engine))
+
+
+def _made(part: Recipe, context: Mapping[str, Any], kind: type[Any]) -> Any:
+    """What a recipe makes, which must be of this kind."""
+    made = part.make(context)
+    if not isinstance(made, kind):
+        raise ConfigError(f"{part.where}: {part.use} gives a {type(made).__name__}, it must give a {kind.__name__}")
+    return made

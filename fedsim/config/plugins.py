@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
+from datetime import date, time
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -28,23 +29,21 @@ def find(use: Any, group: str, where: str, base: Path | None = None) -> Callable
         where: the key in the experiment, for messages.
         base: the folder that a file's path is relative to, besides the current one.
     """
-    if not isinstance(use, str) or not use:
-        raise ConfigError(f"{where} = {use!r}: must be 'package.module:name', 'file.py:name' or a short name")
-    source, colon, name = use.rpartition(":")
+    here = f"{where} = {shown(use)}"
+    source, colon, name = use.rpartition(":") if isinstance(use, str) else ("", "", "")
+    if not isinstance(use, str) or not use or (colon and not (source and name)):
+        raise ConfigError(f"{here}: must be 'package.module:name', 'file.py:name' or a short name")
     if not colon:
-        return _short(use, group, where)
-    if source.endswith(".py"):
-        module = _load_file(source, where, base)
-    else:
-        module = _load_module(source, where)
+        return _short(use, group, here)
+    module = _load_file(source, here, base) if source.endswith(".py") else _load_module(source, name, here, base)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            _refuse_hidden(source, where)
-            raise ConfigError(f"{where} = {use!r}: {source} has no {name!r}{closest(name, _public(module))}")
+            _refuse_hidden(source, here)
+            raise ConfigError(f"{here}: {source} has no {name!r}{closest(name, _public(module))}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{where} = {use!r}: {name} is a {type(found).__name__}, it must be callable")
+        raise ConfigError(f"{here}: {name} is {shown(found)}, a {type(found).__name__}; it must be callable")
     return found  # type: ignore[no-any-return]
 
 
@@ -54,7 +53,7 @@ def names(group: str) -> dict[str, str]:
 
 
 def closest(word: str, words: Iterable[str]) -> str:
-    """ ", did you mean ...?" or a list of what there is, to end a message with."""
+    """The end of a message: what may have been meant, or what there is."""
     known = sorted(words)
     near = difflib.get_close_matches(word, known, 1)
     if near:
@@ -62,30 +61,38 @@ def closest(word: str, words: Iterable[str]) -> str:
     return f"; there are {', '.join(known)}" if known else ""
 
 
-def _short(use: str, group: str, where: str) -> Callable[..., Any]:
+def shown(value: Any) -> str:
+    """A value as an experiment has it, cut where it is long."""
+    text = value.isoformat() if isinstance(value, date | time) else repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _short(use: str, group: str, here: str) -> Callable[..., Any]:
     known = names(group)
     if use not in known:
         raise ConfigError(
-            f"{where} = {use!r}: no entry point of that name in {group}{closest(use, known)} "
+            f"{here}: no entry point of that name in {group}{closest(use, known)} "
             "(or write 'package.module:name' or 'file.py:name')"
         )
-    return find(known[use], group, where)
+    return find(known[use], group, here)
 
 
-def _load_module(source: str, where: str) -> ModuleType:
+def _load_module(source: str, name: str, here: str, base: Path | None) -> ModuleType:
     try:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
-        _refuse_hidden(source, where)
+        _refuse_hidden(source, here)
         missing = str(error.name)
-        if source == missing or source.startswith(f"{missing}."):
-            raise ConfigError(f"{where}: there is no module {missing!r} (asked for: {source!r})") from error
-        raise ConfigError(f"{where}: {source} needs the module {missing!r}, which is not installed") from error
-    except Exception as error:  # importing runs anybody's code
-        raise ConfigError(f"{where}: importing {source!r} failed: {type(error).__name__}: {error}") from error
+        if not (source == missing or source.startswith(f"{missing}.")):
+            raise ConfigError(f"{here}: {source} needs the module {missing!r}, which is not installed") from error
+        file = source.replace(".", "/") + ".py"
+        hint = f"; for the file write '{file}:{name}'" if _place(file, base) else ""
+        raise ConfigError(f"{here}: there is no module {missing!r}{hint}") from error
+    except (Exception, SystemExit) as error:  # importing runs anybody's code
+        raise ConfigError(f"{here}: importing {source!r} failed: {type(error).__name__}: {error}") from error
 
 
-def _refuse_hidden(source: str, where: str) -> None:
+def _refuse_hidden(source: str, here: str) -> None:
     """Raises when one of our packages is not ours, because a folder of the same name comes first on the path."""
     top = source.partition(".")[0]
     if top not in OURS or top not in sys.modules:
@@ -94,28 +101,42 @@ def _refuse_hidden(source: str, where: str) -> None:
     folders = folders or [Path(getattr(sys.modules[top], "__file__", None) or ".").resolve()]
     if HOME / top not in folders:
         raise ConfigError(
-            f"{where}: {folders[0]} hides fedsim's own package {top!r}: rename it, or start fedsim from another folder"
+            f"{here}: {folders[0]} hides fedsim's own package {top!r}: rename it, or start fedsim from another folder"
         )
 
 
-def _load_file(source: str, where: str, base: Path | None) -> ModuleType:
-    places = [folder / source for folder in (base, Path.cwd()) if folder is not None]
-    path = next((place.resolve() for place in places if place.is_file()), None)
+def _place(source: str, base: Path | None) -> Path | None:
+    """The file that a `use` names, relative to `base` or to the current folder; None if there is none."""
+    try:
+        places = [folder / source for folder in (base, Path.cwd()) if folder is not None]
+        return next((place.resolve() for place in places if place.is_file()), None)
+    except OSError:  # a name that is too long, say
+        return None
+
+
+def _load_file(source: str, here: str, base: Path | None) -> ModuleType:
+    """The module in a file; one and the same for as long as the file's content is."""
+    path = _place(source, base)
     if path is None:
-        raise ConfigError(
-            f"{where}: there is no file {source!r} (looked in {', '.join(str(p.parent) for p in places)})"
-        )
-    name = f"fedsim_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        looked = ", ".join(dict.fromkeys(str(folder) for folder in (base, Path.cwd()) if folder is not None))
+        raise ConfigError(f"{here}: there is no file {shown(source)} (looked in {looked})")
+    try:
+        identity = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:8]
+    except OSError as error:
+        raise ConfigError(f"{here}: {path} cannot be read: {error.strerror}") from error
+    name = f"fedsim_plugin_{path.stem}_{identity}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{where}: {path} cannot be read as Python")
+        raise ConfigError(f"{here}: {path} cannot be read as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # importing runs anybody's code
+    except (Exception, SystemExit) as error:  # importing runs anybody's code
         del sys.modules[name]
-        raise ConfigError(f"{where}: importing {path} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{here}: importing {path} failed: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -124,8 +145,7 @@ def absolute(use: str, base: Path | None) -> str:
     source, colon, name = use.rpartition(":")
     if not (colon and source.endswith(".py")):
         return use
-    path = next((f / source for f in (base, Path.cwd()) if f is not None and (f / source).is_file()), Path(source))
-    return f"{path.resolve()}:{name}"
+    return f"{_place(source, base) or source}:{name}"
 
 
 def _public(module: ModuleType) -> list[str]:

@@ -1,16 +1,30 @@
 """Recipes: a table with `use`, checked against the callable's signature and types, called later."""
 
+import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+from pydantic_core import SchemaError
 
-from fedsim.config.plugins import ConfigError, closest, find
+from fedsim.config.plugins import ConfigError, closest, find, shown
 from fedsim.ranges import limits
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_WORDS: dict[Any, str] = {
+    type(None): "nothing",
+    bool: "true or false",
+    dict: "a table",
+    Mapping: "a table",
+    Any: "anything",
+}
 
 
 class Recipe(NamedTuple):
@@ -32,25 +46,29 @@ class Recipe(NamedTuple):
         except ConfigError:
             raise
         except Exception as error:  # the callable may be anybody's
-            raise ConfigError(f"{self.where}: {self.use}: {error or type(error).__name__}") from error
+            plain = isinstance(error, ValueError | OSError) and str(error)
+            told = str(error) if plain else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{self.where}: {self.use}: {told}") from error
 
 
 def recipe(table: Any, where: str, group: str, fills: Sequence[str], base: Path | None = None) -> Recipe:
     """Reads a table with `use`; raises ConfigError for a callable, a key or a value that is not right."""
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} = {table!r}: must be a table with `use`")
+        raise ConfigError(f"{where} = {shown(table)}: must be a table with `use`")
     if "use" not in table:
-        raise ConfigError(f"{where}: the key `use` is missing; it names the callable, got the keys {sorted(table)}")
+        has = f"it has {', '.join(map(str, table))}" if table else "it is empty"
+        raise ConfigError(f"{where}.use is missing: it names the callable that this table is for; {has}")
     use = table["use"]
     function = find(use, group, f"{where}.use", base)
-    parameters, hints = _parameters(function)
+    parameters, hints, anything = _parameters(function, f"{where}.use = {shown(use)}")
     arguments: dict[str, Any] = {}
     for key, value in table.items():
         if key == "use":
             continue
-        if key not in parameters:
+        if key not in parameters and not anything:
             takes = ", ".join(name for name in parameters if name not in fills) or "no arguments"
-            raise ConfigError(f"{where}.{key}: {use} takes {takes}; unknown key {key}{closest(key, parameters)}")
+            near = closest(key, parameters) if closest(key, parameters).endswith("?") else ""
+            raise ConfigError(f"{where}.{key} = {shown(value)}: {use} takes {takes}; unknown key {key}{near}")
         if isinstance(value, Mapping) and "use" in value:
             arguments[key] = recipe(value, f"{where}.{key}", group, fills, base)
         else:
@@ -62,63 +80,81 @@ def recipe(table: Any, where: str, group: str, fills: Sequence[str], base: Path 
     return Recipe(where, str(use), function, arguments, given)
 
 
-def _parameters(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+def _parameters(function: Callable[..., Any], here: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """What can be given by name, the types of these, and whether any other name is taken too."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if p.kind in named}
-    target = function.__init__ if inspect.isclass(function) else inspect.unwrap(function)
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some of those written in C
+        raise ConfigError(f"{here}: its arguments cannot be told; wrap it in a function of yours") from None
+    parameters = {parameter.name: parameter for parameter in found if parameter.kind in named}
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found)
+    target: Any = inspect.unwrap(function)
+    if inspect.isclass(function) and not dataclasses.is_dataclass(function):
+        target = function.__init__
     try:
         hints = get_type_hints(target, include_extras=True)
-    except NameError:  # a plug-in's annotation that exists only for type checkers: not checked here
+    except Exception:  # annotations that exist only for type checkers, or none at all: not checked here
         hints = {}
-    return parameters, hints
+    return parameters, hints, anything
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
     """The value as the type hint wants it, strictly: no string becomes a number."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where} = {value!r}: must be {describe(hint)}, finite and not a date") from None
+    here = f"{where} = {shown(value)}"
+    if reason := unfit(value):
+        raise ConfigError(f"{here}: must be {describe(hint)}, but {reason}")
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
-    except (PydanticUserError, PydanticSchemaGenerationError):
-        adapter = TypeAdapter(Any)
-    try:
-        return adapter.validate_json(text)
+        return adapter.validate_json(json.dumps(value))
     except ValidationError as error:
-        raise ConfigError(explain(error, where, hint)) from None
+        problem = error.errors(include_url=False)[0]
+        if problem["type"] == "needs_python_object":
+            raise ConfigError(f"{here}: must be {_maker(hint)}") from None
+        inner = [part for part in problem["loc"] if isinstance(part, int)]
+        detail = f" (at place {inner[0]} is {shown(problem['input'])})" if inner else ""
+        raise ConfigError(f"{here}: must be {describe(hint)}{detail}") from None
+    except (PydanticUserError, SchemaError):  # a type that no value in an experiment has
+        if isinstance(hint, type) and not is_typeddict(hint):
+            raise ConfigError(f"{here}: must be {_maker(hint)}") from None
+        return value
 
 
-def explain(error: ValidationError, where: str, hint: Any = None, keys: Iterable[str] = ()) -> str:
-    """A line for each value that is wrong: its place, itself, and what is allowed."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        path = ".".join([where, *(str(part) for part in problem["loc"])] if where else map(str, problem["loc"]))
-        message = problem["msg"].replace("Input should", "must").replace("Field required", "is missing")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key{closest(str(problem['loc'][-1]), keys)}"
-        allowed = f" ({describe(hint)})" if hint is not None else ""
-        value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
-        lines.append(f"{path}{value}: {message}{allowed}")
-    return "\n".join(lines)
+def _maker(hint: Any) -> str:
+    return f"a table with `use` that makes {describe(hint)}"
+
+
+def unfit(value: Any) -> str:
+    """Why no experiment can hold this value; "" if it can."""
+    if isinstance(value, Mapping):
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        return f"the key {odd!r} is not a string" if odd is not None else unfit(list(value.values()))
+    if isinstance(value, list | tuple):
+        return next((reason for part in value if (reason := unfit(part))), "")
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"{value} is not finite"
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**63 else "64 bits do not hold it"
+    if isinstance(value, date | time):
+        return f"{value.isoformat()} is a date or a time"
+    if value is None:
+        return "TOML has no None; leave the key out"
+    return "" if isinstance(value, str) else f"TOML has no {type(value).__name__}"
 
 
 def describe(hint: Any) -> str:
     """A type hint in words: "float > 0", "one of 'adam', 'yogi'"."""
-    if get_origin(hint) is Annotated:
-        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-        told = [
-            f"{s} {getattr(x, k)}" for x in limits(hint) for k, s in signs.items() if getattr(x, k, None) is not None
-        ]
-        return " ".join([describe(get_args(hint)[0]), " and ".join(told)]).strip()
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(option) for option in get_args(hint))
-    if get_args(hint):
-        if (
-            isinstance(hint, type)
-            or get_origin(hint) is not None
-            and get_origin(hint).__name__ not in ("UnionType", "Union")
-        ):
-            return f"{getattr(get_origin(hint), '__name__', hint)} of {', '.join(map(describe, get_args(hint)))}"
-        return " or ".join(map(describe, get_args(hint)))
-    return "nothing" if hint is type(None) else "anything" if hint is Any else getattr(hint, "__name__", str(hint))
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        said = next((text for extra in hint.__metadata__ if (text := getattr(extra, "description", None))), None)
+        bounds = [(sign, getattr(x, name, None)) for x in limits(hint) for name, sign in _SIGNS.items()]
+        told = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+        return said or f"{describe(parts[0])} {told}".strip()
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}" if len(parts) > 1 else repr(parts[0])
+    if origin in (Union, UnionType):
+        return " or ".join(describe(part) for part in parts if part is not type(None))
+    if origin in (list, tuple, Sequence, set, frozenset):
+        return f"a list of {', '.join(describe(part) for part in parts if part is not ...)}"
+    word = origin or hint
+    return _WORDS.get(word) or str(getattr(word, "__name__", word))

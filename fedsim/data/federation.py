@@ -130,7 +130,7 @@ def schedule(
     """Which example each client visits at which step: (C, T, B), -1 where none.
 
     Every epoch visits a client's examples in a fresh order, in batches of `batch_size`; the last batch of an epoch may
-    be short. A client's rows depend on (seed, round, client) and on its own size alone, never on the rest of the cohort.
+    be short. A client's rows depend on (seed, round, client) and its own size alone, never on the rest of the cohort.
     """
     longest = int(sizes.max(initial=0))
     batches = -(-longest // batch_size)

@@ -17,7 +17,7 @@ from fedsim.task import Batch, Cohort, Replies, Reply, Task
 
 # What one vectorised block may occupy. Beyond the processor's cache a block costs more than its clients one by one;
 # measured with experiments/benchmarks.
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 32 * 2**20
 # Above this size, and for convolutions, vmap on a CPU is slower than a loop.
 VECTORISED_PARAMETERS = 500_000
 

@@ -66,7 +66,7 @@ def classes(record: RunRecord) -> Section | None:
     plots = tuple(figures.confusion(part, found) for part, found in record.confusions.items())
     return Section(
         "Classes",
-        "A row is what an example is, a column what it is taken for; a cell is as dark as its share of the row.",
+        "A row is what an example is, a column what it is taken for; the colour is a cell’s share of its row.",
         plots=plots,
         tables=tuple(_recalls(part, found) for part, found in record.confusions.items()),
     )
@@ -95,5 +95,5 @@ def _recalls(part: str, found: Confusion) -> Table:
         )
     title = {"test": "Test set", "clients": "Clients’ test parts"}.get(part, part)
     note = f"The {_CLASSES} of {count(len(right))} classes with the least recall." if len(shown) < len(right) else ""
-    header = ("class", "examples", "recall", "precision", "most often taken for")
+    header = ("class", "examples", "recall", "precision", "taken for")
     return Table(title, header, tuple(rows), note, words=(0, 4))

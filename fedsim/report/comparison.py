@@ -1,57 +1,23 @@
 """Several runs side by side: those that differ in their seed only are one row, with mean and spread."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
+from matplotlib.axes import Axes
 
-from fedsim.report.configuration import flat
+from fedsim.report import markdown
 from fedsim.report.content import Table
 from fedsim.report.drawing import Plot, blank, legend, named, over_rounds, save, style, thin
-from fedsim.report.formats import NONE, amount, count, duration, measure, plain, setting, several
-from fedsim.report.markdown import as_table
-from fedsim.report.measures import label, main, measured, outcome, total
+from fedsim.report.formats import NONE, amount, count, duration, measure, several
+from fedsim.report.measures import label, main, measured
 from fedsim.report.palette import SERIES
-from fedsim.report.reading import Floats, Ints, RunRecord, find_runs, read_run
+from fedsim.report.reading import RunRecord, find_runs, read_run
+from fedsim.report.rows import Curve, Row, average, grouped, settings, summary, titles
 
 _SETTINGS = 6  # columns of settings in a table
 _CURVES = 16  # in a plot
-
-
-class Spread(NamedTuple):
-    """A number over the runs that have it."""
-
-    mean: float  # NaN where it was not finite in one of them
-    deviation: float  # the sample standard deviation; NaN for a single run
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Mean and sample standard deviation."""
-        if not all(map(math.isfinite, values)):
-            return cls(math.nan, math.nan, len(values))
-        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One experiment, run with n seeds."""
-
-    name: str
-    seeds: tuple[int | None, ...]
-    settings: dict[str, str]  # those that not all experiments share; a key is missing where the experiment lacks it
-    values: dict[str, Spread]  # by column; a key is missing where no run measured it
-    unfinished: int  # runs with fewer rounds than asked for
-    runs: tuple[Path, ...]
-
-    @property
-    def n(self) -> int:
-        """How many runs it stands for."""
-        return len(self.runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +27,7 @@ class Comparison:
     rows: tuple[Row, ...]
     settings: tuple[str, ...]  # in which they differ
     columns: tuple[str, ...]  # measures at the end of the run, then "best", "rounds", "seconds", "bytes"
-    curves: tuple[tuple[str, Ints, Floats, Floats], ...]  # name, rounds, mean, deviation of the first measure
+    curves: tuple[Curve, ...]  # of the first measure, for each experiment that has it
     repeated: tuple[Path, ...]  # left out, because a later run has the same experiment and seed
 
 
@@ -76,24 +42,114 @@ def compare(runs: Iterable[str | Path], out: str | Path | None = None) -> Compar
         FileNotFoundError: a directory neither is a run nor holds one.
         ValueError: there is no run at all, or a file is damaged.
     """
-    paths = list(dict.fromkeys(found for path in runs for found in find_runs(path)))
+    paths = {found.resolve(): found for path in runs for found in find_runs(path)}
     if not paths:
         raise ValueError("runs is empty: there must be at least one run to compare")
-    groups, repeated = _grouped([read_run(path) for path in paths])
-    tables = [_settings(group[0]) for group in groups]
-    differing = tuple(key for key in dict.fromkeys(k for t in tables for k in t) if len({t.get(key) for t in tables}) > 1)
-    names = main({name for group in groups for record in group for name in measured(record)})
-    measures = [name for name in ("test/accuracy", "clients/accuracy") if name in names] or names[:2]
-    rows = tuple(
-        _row(group, {key: table[key] for key in differing if key in table}, measures)
-        for group, table in zip(groups, tables, strict=True)
-    )
-    curves = tuple(_curve(row.name, group, measures[0]) for row, group in zip(rows, groups, strict=True) if measures)
-    columns = (*measures, *(("best",) if measures else ()), "rounds", "seconds", "bytes")
-    found = Comparison(rows, differing, columns, tuple(c for c in curves if len(c[1])), tuple(repeated))
+    found = _compared([read_run(path) for path in paths.values()])
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "comparison.md").write_text(as_markdown(found), encoding="utf-8")
         draw(found, folder)
     return found
+
+
+def _compared(records: Sequence[RunRecord]) -> Comparison:
+    groups, repeated = grouped(records)
+    tables = [settings(group[0]) for group in groups]
+    differing = tuple(
+        key for key in dict.fromkeys(k for t in tables for k in t) if len({t.get(key) for t in tables}) > 1
+    )
+    names = main({name for group in groups for record in group for name in measured(record)})
+    measures = [name for name in ("test/accuracy", "clients/accuracy") if name in names] or names[:2]
+    rows = tuple(
+        summary(group, {key: table[key] for key in differing if key in table}, measures)
+        for group, table in zip(groups, tables, strict=True)
+    )
+    curves = tuple(
+        average(name, group, measures[0]) for name, group in zip(titles(rows), groups, strict=True) if measures
+    )
+    columns = (*measures, *(("best",) if measures else ()), "rounds", "seconds", "bytes")
+    return Comparison(rows, differing, columns, tuple(curve for curve in curves if len(curve.rounds)), tuple(repeated))
+
+
+def as_table(comparison: Comparison) -> Table:
+    """The rows as text, of the settings only the first six."""
+    shown = comparison.settings[:_SETTINGS]
+    header = ("experiment", *shown, *(label(name) for name in comparison.columns), "seeds")
+    rows = tuple(
+        (
+            row.name,
+            *(row.settings.get(key, NONE) for key in shown),
+            *(_cell(column, row) for column in comparison.columns),
+            f"n={row.n}",
+        )
+        for row in comparison.rows
+    )
+    return Table("", header, rows, " ".join(_notes(comparison)), words=tuple(range(1 + len(shown))))
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The table, and what one should know when reading it."""
+    return f"# Comparison\n\n{markdown.as_table(as_table(comparison))}\n"
+
+
+def draw(comparison: Comparison, folder: Path) -> list[Path]:
+    """Writes comparison.svg and comparison.png: the mean curve of each experiment, in a band of one deviation.
+
+    Gives the paths, none of them where nothing was evaluated.
+    """
+    if not comparison.curves:
+        return []
+    with style():
+        figure, axes = blank(f"{label(comparison.columns[0])}, mean and deviation over seeds", 4.2)
+        figure.set_figwidth(7.5)
+        for place, curve in enumerate(comparison.curves[:_CURVES]):
+            _draw(axes, curve, SERIES[place % len(SERIES)], "-" if place < len(SERIES) else "--")
+        ends = [rounds[end] for _, rounds, *_ in comparison.curves[:_CURVES] for end in (0, -1)]
+        over_rounds(axes, int(min(ends)), int(max(ends)))
+        legend(figure, axes)
+        save(Plot("comparison", axes.get_title(loc="left"), figure), folder)
+    return [folder / "comparison.svg", folder / "comparison.png"]
+
+
+def _draw(axes: Axes, curve: Curve, colour: str, line: str) -> None:
+    x, mean, *_ = thin(curve.rounds, curve.mean)
+    _, deviation, *_ = thin(curve.rounds, curve.deviation)
+    points = "o" if len(x) <= 25 else ""
+    axes.plot(x, mean, line, color=colour, linewidth=1.7, label=named(curve.name), marker=points, markersize=4)
+    axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+
+
+def _cell(column: str, row: Row) -> str:
+    """Mean ± deviation; how many runs it is over, where that is not all."""
+    if column not in row.values:
+        return NONE
+    mean, deviation, n = row.values[column]
+    written: Callable[[float], str] = {"rounds": _rounds, "seconds": duration, "bytes": amount}.get(column, measure)
+    varies = deviation > 0 or (math.isfinite(deviation) and column not in ("rounds", "bytes"))
+    text = f"{written(mean)} ± {written(deviation)}" if varies else written(mean)
+    return text if n == row.n else f"{text} (n={n})"
+
+
+def _rounds(value: float) -> str:
+    return count(value) if value == round(value) else f"{value:.1f}"
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    notes = []
+    if any(row.n > 1 for row in comparison.rows):
+        notes.append("Mean ± sample standard deviation over seeds.")
+    if "best" in comparison.columns:
+        notes.append(f"Best is that of {comparison.columns[0]} in any round.")
+    rest = comparison.settings[_SETTINGS:]
+    if rest:
+        notes.append(f"They differ also in {', '.join(rest)}.")
+    for row in comparison.rows:
+        if row.unfinished:
+            notes.append(f"{row.name}: {several(row.unfinished, 'run')} of {row.n} did not finish.")
+    if comparison.repeated:
+        notes.append(
+            f"{several(len(comparison.repeated), 'run')} left out: the same experiment and seed ran again later."
+        )
+    return notes

@@ -31,7 +31,9 @@ def configuration(record: RunRecord) -> Section:
         elif isinstance(value, Mapping):
             tables[key] = dict(value)
     made = [
-        Table(plain(name), ("key", "value"), tuple((plain(k), setting(v)) for k, v in flat(table).items()), words=(0, 1))
+        Table(
+            plain(name), ("key", "value"), tuple((plain(k), setting(v)) for k, v in flat(table).items()), words=(0, 1)
+        )
         for name, table in tables.items()
         if table
     ]

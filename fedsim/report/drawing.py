@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from fedsim.report.formats import amount, plain
@@ -42,7 +43,7 @@ class Plot(NamedTuple):
 @contextmanager
 def style() -> Iterator[None]:
     """Inside, figures are drawn and saved in the report's style."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS):  # type: ignore[arg-type] # newer stubs list every key
         yield
 
 
@@ -63,10 +64,16 @@ def blank(title: str, height: float = 3.1) -> tuple[Figure, Axes]:
 def over_rounds(axes: Axes, first: int, last: int) -> None:
     """Makes the x axis that of rounds."""
     axes.set_xlabel("round", color=QUIET, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     margin = max(0.02 * (last - first), 0.5)
     axes.set_xlim(first - margin, last + margin)
+
+
+def plain_log(axis: Axis) -> None:
+    """Writes the powers of ten of a logarithmic axis as numbers, and nothing between them."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e6 else f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def in_bytes(axes: Axes) -> None:
@@ -122,6 +129,7 @@ def save(plot: Plot, folder: Path) -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in another script; the SVG has it
         plot.figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+        plot.figure.set_layout_engine("none")  # it stands; laying out is the most expensive part
         plot.figure.savefig(folder / f"{plot.name}.png", dpi=144)
     svg = content.getvalue()
     (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
@@ -130,17 +138,21 @@ def save(plot: Plot, folder: Path) -> str:
 
 def inline(svg: str, name: str, title: str) -> str:
     """An SVG file as an element of a page: its colours are the page's variables, its ids are its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r"""(?:url\(#|href="#)([^)"]+)""", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r"""(url\(#|href="#)""", rf"\1{name}-", svg)
-    svg = re.sub(r"font: (\d+(?:\.\d+)?px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
-    for colour, value in LIGHT.items():
-        svg = svg.replace(value, f"var(--{colour})")
-    head = re.match(r"<svg[^>]*>", svg)
+    body = svg[svg.index(">") + 1 :].strip()
+    body = re.sub(r"<[^>]*>", lambda found: _own(found[0], name, used), body)  # text between tags stays as it is
     size = re.search(r'viewBox="[^"]*"', svg)
-    assert head is not None and size is not None  # matplotlib wrote it
+    assert size is not None  # matplotlib wrote it
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]} role="img"'
-    return f'{opening} aria-label="{escape(title)}">{svg[head.end() :].strip()}'
+    return f'{opening} aria-label="{escape(title)}">{body}'
+
+
+def _own(tag: str, name: str, used: set[str]) -> str:
+    """One tag of an SVG file, as it stands on a page."""
+    tag = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", tag)
+    tag = re.sub(r"""(url\(#|href="#)""", rf"\1{name}-", tag)
+    tag = re.sub(r"font-family: [^;\"]*;?", "", tag)
+    for colour, value in LIGHT.items():
+        tag = tag.replace(value, f"var(--{colour})")
+    return tag

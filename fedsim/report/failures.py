@@ -47,5 +47,6 @@ def failures(record: RunRecord) -> Section | None:
         Fold(f"client {group[0].client} in round {group[0].round}: {short(headline(group[0]), 100)}", group[0].reason)
         for group in groups[:_GROUPS]
     ]
-    note = f"{several(len(record.failures), 'time')} a client did not answer. Full text of the first failure of each kind:"
+    note = f"{several(len(record.failures), 'time')} a client did not answer. "
+    note += "Below the table: the full text of the first failure of each kind."
     return Section("Failures", note, tables=(table,), folds=tuple(texts))

@@ -9,12 +9,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from fedsim.report.drawing import Plot, blank, in_bytes, legend, named, over_rounds, shades, short, thin
+from fedsim.report.drawing import Plot, blank, in_bytes, legend, named, over_rounds, plain_log, shades, short, thin
 from fedsim.report.formats import count
 from fedsim.report.measures import direction, label, measured
 from fedsim.report.palette import INK, PAPER, QUIET, SERIES
 from fedsim.report.reading import Confusion, Floats, Ints, RunRecord
 
+_ON_DARK = "#fdfdfd"  # on a dark cell, on a light and on a dark page alike
 _FIGURES = 24  # of metrics, at most
 _LINES = 6  # in one of them
 _POINTS = 2000  # clients that are drawn one by one
@@ -53,7 +54,10 @@ def _alike(record: RunRecord, names: Sequence[str]) -> list[list[str]]:
 def _metrics(record: RunRecord, family: str, names: Sequence[str], place: int) -> Plot:
     whole = family.endswith(" ")  # a group of metrics, not one measure of several groups
     title = names[0] if len(names) == 1 and whole else family.strip()
-    told = [name.removeprefix(family.strip() + "/") if whole else label(name).rsplit(" ", 1)[0] for name in names]
+    told = [
+        name.removeprefix(family.strip() + "/") if whole else label(name).rsplit(" ", 1)[0].rstrip("’")
+        for name in names
+    ]
     if not whole:
         title = label(names[0]) if len(names) == 1 else title[:1].upper() + title[1:]
     series = [(text, *record.series(name)) for text, name in zip(told, names, strict=True)]
@@ -75,8 +79,9 @@ def lines(name: str, title: str, series: Iterable[Curve]) -> Plot:
     if not values.size:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "never finite", transform=axes.transAxes, ha="center", color=QUIET)
-    elif values.min() > 0 and values.max() > 300 * values.min():
+    elif 1e-9 * values.max() < values.min() and values.max() > 50 * np.median(values):  # few values dwarf the others
         axes.set_yscale("log")
+        plain_log(axes.yaxis)
     legend(figure, axes)
     return Plot(name, f"{short(title, 80)} over rounds", figure)
 
@@ -137,15 +142,24 @@ def _against(name: str, examples: Floats, values: Floats) -> Plot:
             cmap=shades(SERIES[0]),
             linewidths=0,
         )
-        axes.set_title(f"darkest: {count(np.max(np.asarray(cells.get_array())))} clients", loc="right", fontsize=8, color=QUIET)
+        axes.set_title(
+            f"at most {count(float(np.max(np.asarray(cells.get_array()))))} clients in a cell",
+            loc="right",
+            fontsize=8,
+            color=QUIET,
+        )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    if wide:
+        plain_log(axes.xaxis)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.set_xlabel("examples of the client", color=QUIET, fontsize=9)
     axes.set_ylabel(short(name, 40), color=QUIET, fontsize=9)
     return Plot("clients-examples", f"{name} of each client against its number of examples", figure)
 
 
 def confusion(part: str, found: Confusion) -> Plot:
-    """Rows the truth, columns the prediction; a cell is as dark as its share of the row."""
+    """Rows the truth, columns the prediction; the colour is a cell’s share of its row."""
     number = len(found.counts)
     figure, axes = blank("Test set" if part == "test" else "Clients’ test parts" if part == "clients" else part, 4.6)
     shares: NDArray[np.float64] = found.counts / np.maximum(found.counts.sum(axis=1, keepdims=True), 1)
@@ -161,9 +175,11 @@ def confusion(part: str, found: Confusion) -> Plot:
     if number <= 12:
         for row, column in np.ndindex(number, number):
             if found.counts[row, column]:
-                colour = PAPER if shares[row, column] > 0.5 else INK
-                text = count(found.counts[row, column])
-                axes.text(column, row, text, ha="center", va="center", fontsize=9 - max(0, number - 6) / 4, color=colour)
+                colour = _ON_DARK if shares[row, column] > 0.5 else INK
+                text = count(int(found.counts[row, column]))
+                axes.text(
+                    column, row, text, ha="center", va="center", fontsize=9 - max(0, number - 6) / 4, color=colour
+                )
     axes.set_xlabel("predicted", color=QUIET, fontsize=9)
     axes.set_ylabel("true", color=QUIET, fontsize=9)
     axes.grid(visible=False)

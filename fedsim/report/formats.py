@@ -3,6 +3,8 @@
 import math
 
 _BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
+# Seconds of the smaller unit, how many of it make the larger one, and what they are called.
+_TIMES = ((1, 60, "min", "s"), (60, 60, "h", "min"), (3600, 24, "d", "h"))
 NONE = "–"  # where there is nothing to tell
 
 
@@ -46,11 +48,9 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1000:.2g} ms"
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    for unit, small, below in ((60, 1, ("min", "s")), (3600, 60, ("h", "min")), (86400, 3600, ("d", "h"))):
-        whole, rest = divmod(round(seconds / small), unit // small)
-        if seconds < unit * 60 or unit == 86400:
-            break
-    return f"{whole} {below[0]} {rest} {below[1]}" if rest else f"{whole} {below[0]}"
+    small, number, one, other = next((time for time in _TIMES if seconds / time[0] < 60 * time[1] - 0.5), _TIMES[-1])
+    whole, rest = divmod(round(seconds / small), number)
+    return f"{whole} {one} {rest} {other}" if rest else f"{whole} {one}"
 
 
 def plain(text: object) -> str:
@@ -64,7 +64,7 @@ def setting(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return repr(value)
     if isinstance(value, list):
         return ", ".join(setting(part) for part in value) or "none"
     return plain(NONE if value is None else value)

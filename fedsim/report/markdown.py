@@ -21,7 +21,9 @@ def as_table(table: Table) -> str:
     rule = " | ".join("---" if place in table.words else "---:" for place in range(len(table.header)))
     lines = [" | ".join(map(cell, row)) for row in (table.header, *table.rows)]
     body = "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
-    return "\n\n".join(part for part in (f"### {cell(table.title)}" if table.title else "", body, cell(table.note)) if part)
+    return "\n\n".join(
+        part for part in (f"### {cell(table.title)}" if table.title else "", body, cell(table.note)) if part
+    )
 
 
 def cell(text: object) -> str:
@@ -34,4 +36,6 @@ def cell(text: object) -> str:
 
 def _facts(facts: Sequence[Fact]) -> str:
     told = ((fact.name, fact.value, fact.remark) for fact in facts)
-    return "\n".join(f"- {cell(name)}: **{cell(value)}**" + (f" ({cell(more)})" if more else "") for name, value, more in told)
+    return "\n".join(
+        f"- {cell(name)}: **{cell(value)}**" + (f" ({cell(more)})" if more else "") for name, value, more in told
+    )

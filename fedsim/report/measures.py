@@ -35,7 +35,7 @@ def measured(record: RunRecord) -> list[str]:
 
 
 def main(names: Iterable[str]) -> list[str]:
-    """Those that one reads first: measures of the test set and of the clients of which one knows which way is better."""
+    """The measures of the test set and of the clients of which one knows which way is better."""
     evaluated = [name for name in names if name.count("/") == 1 and name.split("/")[0] in ("test", "clients")]
     return sorted((name for name in evaluated if direction(name)), key=_rank)
 

@@ -96,9 +96,8 @@ def _table(table: Table) -> str:
     body = "\n".join(row(cells, "td") for cells in table.rows)
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""
     note = f'<p class="small">{_text(table.note)}</p>' if table.note else ""
-    return (
-        f'<div class="table">{title}<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>{note}</div>'
-    )
+    inner = f'<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
+    return f'<div class="table">{title}{inner}{note}</div>'
 
 
 def _fold(fold: Fold) -> str:

@@ -46,7 +46,7 @@ def headline(record: RunRecord) -> list[Fact]:
     for name in main(measured(record))[:_FACTS]:
         found = outcome(record, name)
         if found is not None:
-            best = f"best {measure(found.best)} in round {count(found.best_round or 0)}" if found.best is not None else ""
+            best = f"best {measure(found.best)}, round {count(found.best_round or 0)}" if found.best is not None else ""
             facts.append(Fact(label(name), measure(found.last), best))
     done, asked = len(record.rounds), record.rounds_asked
     some = f"of {count(asked)} asked for" if asked is not None and asked != done else ""
@@ -76,7 +76,9 @@ def _costs(record: RunRecord) -> list[Fact]:
         facts.append(Fact("Time", duration(seconds), usual))
     down, up = total(record, "bytes_down"), total(record, "bytes_up")
     if down or up:
-        facts.append(Fact("Traffic", amount((down or 0) + (up or 0)), f"{amount(down or 0)} down, {amount(up or 0)} up"))
+        facts.append(
+            Fact("Traffic", amount((down or 0) + (up or 0)), f"{amount(down or 0)} down, {amount(up or 0)} up")
+        )
     return facts
 
 
