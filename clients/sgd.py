@@ -42,7 +42,8 @@ class Sgd(Client):
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, and the optimiser at rest."""
         params = shared["params"]
-        return {"params": params, "optimiser": self.optimiser.init(params), "loss": torch.zeros((), dtype=torch.float64)}
+        loss = torch.zeros((), dtype=torch.float64)
+        return {"params": params, "optimiser": self.optimiser.init(params), "loss": loss}
 
     def step(self, state: Tree, batch: Batch) -> Tree:
         """One step of the optimiser on the batch's mean loss."""

@@ -209,6 +209,7 @@ def _begin(job: Job, directory: Run, resuming: bool) -> Snapshot:
         if snapshot.round > plan.rounds:
             raise ValueError(f"rounds = {plan.rounds}: must be at least {snapshot.round}, so many have been done")
         directory.rewind(snapshot.round)
+        directory.prune(plan.keep_checkpoints)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return snapshot

@@ -44,6 +44,8 @@ def gradient(loss: Callable[..., Tensor], params: Tree, *arguments: Any) -> tupl
     with torch.enable_grad():
         copies = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
         value = loss(copies, *arguments)
+        if not value.requires_grad:  # the loss depends on none of them
+            return value, tree.map(torch.zeros_like, params)
         parts = iter(torch.autograd.grad(value, tree.leaves(copies), materialize_grads=True))  # type: ignore[arg-type]
     return value.detach(), tree.map(lambda _: next(parts), params)
 
@@ -80,7 +82,7 @@ class Model:
     @cached_property
     def stochastic(self) -> bool:
         """Whether the module draws random numbers while it is trained (dropout)."""
-        return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in self.module.modules())
+        return any(map(_draws, self.module.modules()))
 
     @cached_property
     def _tied(self) -> bool:
@@ -109,6 +111,14 @@ class Model:
     def gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         """(loss, its gradient)."""
         return gradient(self.loss, params, batch)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training: dropout, alone or inside recurrent layers and attention."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    inner = getattr(module, "dropout", 0.0)
+    return isinstance(module, nn.RReLU) or (isinstance(inner, float) and inner > 0)
 
 
 def mean(values: Tensor, mask: Tensor) -> Tensor:

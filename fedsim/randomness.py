@@ -20,14 +20,19 @@ def _number(part: int | str) -> int:
     return zlib.crc32(part.encode()) if isinstance(part, str) else int(part)
 
 
+def _seed(path: tuple[int | str, ...]) -> np.random.SeedSequence:
+    # The length comes first, because numpy takes (1, 2) and (1, 2, 0) for the same.
+    return np.random.SeedSequence([len(path), *(_number(part) for part in path)])
+
+
 def rng(*path: int | str) -> np.random.Generator:
     """A fresh numpy generator for this path."""
-    return np.random.default_rng(np.random.SeedSequence([_number(part) for part in path]))
+    return np.random.default_rng(_seed(path))
 
 
 def generator(*path: int | str) -> torch.Generator:
     """A fresh torch generator, on the CPU, for this path."""
-    state = np.random.SeedSequence([_number(part) for part in path]).generate_state(1, np.uint64)
+    state = _seed(path).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 

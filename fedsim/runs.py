@@ -21,7 +21,7 @@ from fedsim.evaluation import Evaluation
 from fedsim.simulation import Snapshot
 from fedsim.task import Metrics
 
-FORMAT = "1"  # of checkpoints
+FORMAT = 1  # of checkpoints
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Run:
         return sorted(found, key=lambda path: int(path.stem.removeprefix("round-")))
 
     def save(self, snapshot: Snapshot, keep: int | Literal["all"]) -> Path:
-        """Writes a checkpoint, then removes all but the last `keep` of them ("all": removes none)."""
+        """Writes a checkpoint, then removes older ones as `prune` does."""
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
         path = folder / f"round-{snapshot.round:06d}.safetensors"
@@ -109,10 +109,16 @@ class Run:
         flat |= {f"personal/{name}": leaf for name, leaf in snapshot.personal.flat().items()}
         # Copies, because safetensors refuses tensors that share memory, as two optimiser moments at rest may.
         flat = {name: leaf.detach().clone().contiguous() for name, leaf in flat.items()}
-        replace(path, safetensors.torch.save(flat, {"format": FORMAT, "round": str(snapshot.round)}))
+        # One entry, because safetensors writes several in any order: the same snapshot shall give the same bytes.
+        told = json.dumps({"format": FORMAT, "round": snapshot.round})
+        replace(path, safetensors.torch.save(flat, {"fedsim": told}))
+        self.prune(keep)
+        return path
+
+    def prune(self, keep: int | Literal["all"]) -> None:
+        """Removes all checkpoints but the last `keep` of them ("all": removes none)."""
         for old in self.checkpoints()[: 0 if keep == "all" else -keep]:
             old.unlink()
-        return path
 
     def load(self, path: Path, like: Snapshot) -> Snapshot:
         """The snapshot in a checkpoint, with the structure of `like`, whose `personal` it fills.
@@ -138,13 +144,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
     """The named tensors of a checkpoint, and its round."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            told = json.loads((file.metadata() or {}).get("fedsim", "{}"))
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}; remove it to go on from the one before it") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}")
-    return flat, int(metadata["round"])
+    if told.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {told.get('format')}, this version reads {FORMAT}")
+    return flat, int(told["round"])
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedsim import tree
-from fedsim.ranges import Positive, Probability
+from fedsim.ranges import Decay, Positive
 from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
 from fedsim.tree import Tree
@@ -46,8 +46,8 @@ class FedOpt(Strategy):
 
     optimiser: Literal["adam", "yogi", "adagrad", "momentum"] = "adam"
     lr: Positive = 0.01
-    beta1: Probability = 0.9
-    beta2: Probability = 0.99
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
     tau: Positive = 1e-3
 
     def init(self, params: Params) -> Tree:

@@ -48,8 +48,10 @@ class QFedAvg(Strategy):
         change = tree.map(lambda w, w_k: lipschitz * (w - w_k), state["params"], replies.update["params"])  # (C, ...)
         loss = replies.update["loss"].clamp(min=1e-10)  # (C,)
         square = sum_of_squares(change)  # (C,)
-        height = self.q * loss ** (self.q - 1) * square + lipschitz * loss**self.q  # (C,)
-        share = loss**self.q / height.sum()
+        most = loss.max()  # F_k^q would leave float32's range; (F_k / most)^q does not, and most^q cancels
+        ratio = loss / most
+        height = self.q * ratio ** (self.q - 1) * square / most + lipschitz * ratio**self.q  # (C,)
+        share = ratio**self.q / height.sum()
         params = tree.map(lambda w, d: w - torch.tensordot(share.to(d.dtype), d, 1), state["params"], change)
         return {"params": params}, {"loss/min": float(loss.min()), "loss/max": float(loss.max())}
 

@@ -9,6 +9,9 @@ from torch import nn
 
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
+# The tests' tensors are small: several threads only get into each other's way.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def classification():

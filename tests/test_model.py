@@ -244,6 +244,10 @@ class Case:
     [
         Case(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), True),
         Case(nn.Sequential(nn.Linear(3, 3), nn.AlphaDropout(0.1)), True),
+        Case(nn.LSTM(3, 3, num_layers=2, dropout=0.5), True),
+        Case(nn.MultiheadAttention(4, 2, dropout=0.1), True),
+        Case(nn.RReLU(), True),
+        Case(nn.LSTM(3, 3), False),
         Case(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0)), False),
         Case(network(), False),
     ],
@@ -262,3 +266,11 @@ def test_dropout_is_for_training_only():
     assert abs(float((trained == 0).float().mean()) - 0.5) < 5 * 0.5 / 3000**0.5
     assert torch.equal(model.predict({}, examples), examples["x"])
     assert model.module.training, "predicting leaves the module as it was"
+
+
+def test_a_loss_that_depends_on_no_parameter_has_a_gradient_of_zeros():
+    params = {"w": torch.ones(2)}
+    value, slope = gradient(lambda params, x: x.sum(), params, torch.ones(3))
+    assert value == 3 and torch.equal(slope["w"], torch.zeros(2))
+    _, slopes = torch.func.vmap(lambda x: gradient(lambda params, x: x.sum(), params, x))(torch.ones(4, 3))
+    assert torch.equal(slopes["w"], torch.zeros(4, 2))

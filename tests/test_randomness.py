@@ -135,3 +135,8 @@ def test_all_orders_are_equally_likely():
 def test_no_clients_and_no_examples_have_an_empty_order():
     assert shuffled(np.array([], dtype=np.int64), keys(0, np.array([], dtype=np.int64))).shape == (0, 0)
     assert shuffled(np.array([0, 0]), keys(0, np.arange(2))).shape == (2, 0)
+
+
+def test_a_trailing_zero_is_another_path():
+    assert rng(1, "x").random() != rng(1, "x", 0).random()
+    assert generator(1, "x").initial_seed() != generator(1, "x", 0).initial_seed()

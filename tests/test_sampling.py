@@ -160,6 +160,13 @@ def test_each_client_is_there_with_the_given_probability():
     assert available(uniform(20, 0, count=3), 20, 0, probability=0.0)(1) == Draw([], [])
 
 
+def test_a_client_is_there_whoever_else_might_be():
+    sample = available(everyone(30), 30, 0, probability=0.5)
+    few = np.array([3, 8, 9, 20, 29])
+    for round in range(1, 30):
+        assert sample(round, few).ids == [client for client in sample(round).ids if client in few]
+
+
 def test_clients_come_and_go_independently():
     there = np.zeros((len(ROUNDS), 10))
     for row, round in zip(there, ROUNDS, strict=True):

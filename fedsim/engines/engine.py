@@ -78,6 +78,7 @@ class Fold:
 
     def add(self, update: Tree, weight: Tensor) -> None:
         """Takes in the updates of C clients, leaves (C, ...)."""
+        weight = weight.double()  # shares in float32 would cost a float64 update half of its digits
         if self.reduce == "sum":
             block = tree.total(update)
             self.update = tree.map(torch.add, self.update, block) if self.count else block

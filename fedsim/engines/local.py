@@ -14,6 +14,7 @@ from fedsim.engines.engine import Engine, Gathering, client_for, drawing
 from fedsim.randomness import generator
 from fedsim.ranges import Count, Natural, check_fields
 from fedsim.task import Batch, Cohort, Replies, Reply, Task
+from fedsim.tree import Tree
 
 # What one vectorised block may occupy. Beyond the processor's cache a block costs more than its clients one by one;
 # measured with experiments/benchmarks.
@@ -54,22 +55,26 @@ class Sequential(Engine):
         gathering = Gathering(task, cohort)
         for position, ident in enumerate(cohort.ids):
             try:
-                with drawing(client, self.seed, "draw", task.round, ident):
-                    reply = self._run(client, task, cohort, position, ident)
+                data = prepare(client, self.federation, task, self.seed, ident)
+                reply = _alone(client, task, tree.take(cohort.personal, position), data, self.seed, ident)
             except Exception as error:  # whatever a client raises costs that client, and is told
                 gathering.fail(ident, error)
             else:
-                gathering.add([ident], Reply(**tree.map(lambda leaf: _one(leaf), reply._asdict())))
+                gathering.add([ident], reply)
         return gathering.replies()
 
-    def _run(self, client: Client, task: Task, cohort: Cohort, position: int, ident: int) -> Reply:
-        data = prepare(client, self.federation, task, self.seed, ident)
-        size = _length(data)
-        data = data | {"mask": torch.ones(size, dtype=torch.bool)}
-        sizes = np.array([size])
-        plan = schedule(sizes, client.epochs, client.batch_size, self.seed, task.round, [ident])[0]  # (T, B)
-        rows = [torch.from_numpy(step[step >= 0]) for step in plan]
-        return client.run(task.shared, tree.take(cohort.personal, position), data, rows)
+
+def _alone(client: Client, task: Task, personal: Tree, data: Batch, seed: int, ident: int) -> Reply:
+    """What one client answers without vmap, leaves (1, ...)."""
+    size = _length(data)
+    data = data | {"mask": torch.ones(size, dtype=torch.bool)}
+    sizes = np.array([size])
+    plan = schedule(sizes, client.epochs, client.batch_size, seed, task.round, [ident])[0]  # (T, B)
+    rows = [torch.from_numpy(step[step >= 0]) for step in plan]
+    with drawing(client, seed, "draw", task.round, ident):
+        reply = client.run(task.shared, personal, data, rows)._asdict()
+    tree.leaves(reply)  # raises where something in it is no tensor
+    return Reply(**tree.map(_one, reply))
 
 
 def _one(leaf: torch.Tensor | tree.Rows) -> torch.Tensor | tree.Rows:
@@ -147,18 +152,35 @@ class Vectorised(Engine):
             with drawing(client, self.seed, "draw", task.round, ids[0]):
                 replies = self._run(client, task, cohort, prepared)
         except Exception as error:
-            if "vmap" in str(error):
-                raise TypeError(
-                    f"{type(client).__name__} cannot be vectorised, use fedsim.engines.local:Sequential for it: {error}"
-                ) from error
             if len(ids) == 1:
-                gathering.fail(ids[0], error)
+                self._blame(client, task, cohort, prepared, gathering, error)
                 return
             for place in range(len(ids)):
                 alone = Cohort(ids[place : place + 1], tree.take(cohort.personal, slice(place, place + 1)))
                 self._block(client, task, alone, prepared, gathering)
         else:
             gathering.add(ids, replies)
+
+    def _blame(
+        self,
+        client: Client,
+        task: Task,
+        cohort: Cohort,
+        prepared: dict[int, Batch],
+        gathering: Gathering,
+        error: Exception,
+    ) -> None:
+        """A client that raises without vmap too has failed; one that does not cannot be vectorised."""
+        ident = cohort.ids[0]
+        data = prepared[ident] if prepared else self.federation.examples(ident, client.split)
+        try:
+            _alone(client, task, tree.take(cohort.personal, 0), data, self.seed, ident)
+        except Exception as own:  # the same failure, told without the words of vmap
+            gathering.fail(ident, own)
+        else:
+            raise TypeError(
+                f"{type(client).__name__} cannot be vectorised, use fedsim.engines.local:Sequential for it: {error}"
+            ) from error
 
     def _run(self, client: Client, task: Task, cohort: Cohort, prepared: dict[int, Batch]) -> Reply:
         if prepared:

@@ -2,7 +2,6 @@
 
 import copy
 import datetime
-import os
 import subprocess
 import sys
 import tomllib

@@ -146,7 +146,7 @@ def test_a_client_answers_vectorised_what_it_answers_alone_in_blocks_of_any_size
     clients, federation, shared = both(classification, name, dtype)
     ids = list(range(len(SIZES)))
     alone = execute(Sequential(federation, clients, seed=5), clients["train"], shared, ids)
-    for block in (1, 2, 4, len(ids), None):
+    for block in (1, 2, 4, None):
         together = execute(Vectorised(federation, clients, 5, block), clients["train"], shared, ids)
         assert_same(alone, together, dtype)
 
@@ -156,8 +156,8 @@ def test_a_client_answers_vectorised_what_it_answers_alone_in_blocks_of_any_size
 def test_the_order_in_which_clients_are_named_changes_no_answer(classification, name, dtype):
     clients, federation, shared = both(classification, name, dtype)
     alone = execute(Sequential(federation, clients, seed=5), clients["train"], shared, [0, 1, 2, 3, 4, 5, 6, 7, 8])
-    for ids in ([8, 7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 8, 1, 6, 5, 2, 7, 4]):
-        for engine in (Sequential(federation, clients, 5), Vectorised(federation, clients, 5, 4)):
+    for ids, block in (([8, 7, 6, 5, 4, 3, 2, 1, 0], None), ([3, 0, 8, 1, 6, 5, 2, 7, 4], 4)):
+        for engine in (Sequential(federation, clients, 5), Vectorised(federation, clients, 5, block)):
             assert_same(alone, execute(engine, clients["train"], shared, ids), dtype)
 
 
@@ -168,10 +168,9 @@ def test_what_is_folded_is_the_mean_or_sum_of_what_is_stacked_on_both_engines(cl
     clients, federation, shared = both(classification, name, dtype)
     ids = [3, 0, 8, 1, 6, 5, 2, 7, 4]
     alone = execute(Sequential(federation, clients, seed=5), clients["train"], shared, ids, reduce)
-    for block in (1, 2, 4, None):
-        assert_same(
-            alone, execute(Vectorised(federation, clients, 5, block), clients["train"], shared, ids, reduce), dtype, reduce
-        )
+    for block in (2, None):
+        together = execute(Vectorised(federation, clients, 5, block), clients["train"], shared, ids, reduce)
+        assert_same(alone, together, dtype, reduce)
 
     stacked = execute(Sequential(federation, clients, 5), clients["train"], shared, ids)
     factor = stacked.weight.double() / stacked.weight.double().sum() if reduce == "mean" else torch.ones(len(ids))
