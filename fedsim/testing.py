@@ -1,15 +1,18 @@
 """Conformance tests for plug-ins: run them on your own clients and strategies.
 
 def test_my_client():
-    check_client(MyClient(model, lr=0.1), {"params": model.params})
+    check_client(MyClient(model, lr=0.1), {"params": model.params}, ragged({"x": x, "y": y}))
 """
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedsim import tree
 from fedsim.client import Client
@@ -46,20 +49,27 @@ def check_client(client: Client, shared: Tree, federation: Federation, seed: int
     - answers alone what it answers vectorised, in blocks of any size and in any order, to 1e-5 (float32) or 1e-10
       (float64), unless it is stochastic or overrides `run`;
     - sends nothing that still hangs on the computation of a gradient.
+
+    Differences are measured against the largest number of a leaf, or 1: let `lr` be large enough to move the model.
+
+    Raises:
+        TypeError: vmap cannot run the client, which branches on a tensor's value, say.
     """
     ids = list(range(federation.num_clients))
-    whole = Federation(federation.columns, federation.rows, _all_in(federation, client.split))
+    rows = torch.from_numpy(federation.rows)  # in this order a client's examples are a view, where a change shows
+    columns = {name: column[rows] for name, column in federation.columns.items()}
+    whole = Federation(columns, np.arange(len(rows)), _all_in(federation, client.split))
     alone = Sequential(whole, {"check": client}, seed)
     near = max((TOLERANCE.get(leaf.dtype, 0.0) for leaf in tree.flatten(shared).values()), default=1e-5)
-    before, told = copy.deepcopy((tree.flatten(shared), whole.columns)), repr(client)
+    before, told = copy.deepcopy((tree.flatten(shared), whole.columns)), _portrait(client)
     first = _execute(alone, client, shared, ids, seed)
     _equal(before[0], tree.flatten(shared), "the client changed what it was sent")
     _equal(before[1], whole.columns, "the client changed its examples")
-    assert repr(client) == told, f"the client changed itself: {told} became {client!r}"
-    _same(first, _execute(alone, client, shared, ids, seed), 0.0, "twice the same task")
+    _unchanged(told, _portrait(client), "the client changed itself")
     sent = tree.flatten({"update": first.update, "personal": first.personal, "metrics": first.metrics})
     for name, leaf in sent.items():
         assert not leaf.requires_grad, f"{name} requires a gradient: detach what is sent"
+    _same(first, _execute(alone, client, shared, ids, seed), 0.0, "twice the same task")
     if client.stochastic or type(client).run is not Client.run:
         return
     for block in (1, 2, len(ids)):
@@ -70,16 +80,24 @@ def check_client(client: Client, shared: Tree, federation: Federation, seed: int
 
 
 def check_strategy(strategy: Strategy, params: Params, replies: Replies) -> None:
-    """Raises AssertionError unless the strategy is pure and its state keeps its names and shapes."""
+    """Raises AssertionError unless the strategy is pure and its state keeps its names, shapes and types."""
+    given, told = copy.deepcopy(params), _portrait(strategy)
     state = strategy.init(params)
+    _equal(given, params, "init changed the parameters that it was given")
     task = strategy.configure(state, 1)
-    before = copy.deepcopy((tree.flatten(state), tree.flatten(replies.update)))
+    before = copy.deepcopy((tree.flatten(state), _leaves(replies)))
     after, _ = strategy.aggregate(state, task, replies)
     _equal(before[0], tree.flatten(state), "aggregate changed the state that it was given")
-    _equal(before[1], tree.flatten(replies.update), "aggregate changed the replies that it was given")
-    tree.restore(tree.flatten(after), state, "the state after aggregate")
+    _equal(before[1], _leaves(replies), "aggregate changed the replies that it was given")
+    try:
+        tree.restore(tree.flatten(after), state, "the state after aggregate")
+    except ValueError as error:
+        raise AssertionError(str(error)) from error
+    for name, leaf in tree.flatten(after).items():
+        assert leaf.dtype == before[0][name].dtype, f"{name} was {before[0][name].dtype} and became {leaf.dtype}"
     again, _ = strategy.aggregate(state, task, replies)
     _equal(tree.flatten(after), tree.flatten(again), "aggregate gave two answers to the same replies")
+    _unchanged(told, _portrait(strategy), "the strategy changed itself")
 
 
 def _all_in(federation: Federation, split: str) -> NDArray[np.int64]:
@@ -109,6 +127,40 @@ def _in_order(replies: Replies, ids: Sequence[int]) -> Replies:
     )
 
 
+def _leaves(replies: Replies) -> dict[str, torch.Tensor]:
+    parts = {"update": replies.update, "personal": replies.personal, "metrics": replies.metrics}
+    return tree.flatten(parts | {"weight": replies.weight})
+
+
+def _tables(replies: Replies) -> Replies:
+    """The same with tables (C, size, ...) in the place of rows, whose number and order may differ."""
+
+    def table(leaf: Any) -> Any:
+        if not isinstance(leaf, tree.Rows):
+            return leaf
+        rows = zip(leaf.index, leaf.values, strict=True)
+        return torch.stack([tree.Rows(index, values, leaf.size).dense() for index, values in rows])
+
+    return replies._replace(update=tree.map(table, replies.update))
+
+
+def _portrait(thing: Any) -> dict[str, str]:
+    """What it is made of, save for what it may work out once and keep; a model by its numbers too."""
+    portrait = {}
+    for name, value in vars(thing).items():
+        if isinstance(getattr(type(thing), name, None), cached_property):
+            continue
+        module = getattr(value, "module", value)
+        numbers = module.state_dict() if isinstance(module, nn.Module) else {}
+        portrait[name] = f"{value!r} {[leaf.double().sum().item() for leaf in numbers.values()]}"
+    return portrait
+
+
+def _unchanged(before: dict[str, str], after: dict[str, str], message: str) -> None:
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    assert not changed, f"{message}: {', '.join(changed)}"
+
+
 def _equal(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], message: str) -> None:
     assert before.keys() == after.keys(), f"{message}: {sorted(before.keys() ^ after.keys())}"
     for name, leaf in before.items():
@@ -117,14 +169,11 @@ def _equal(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], mess
 
 def _same(one: Replies, other: Replies, tolerance: float, when: str) -> None:
     assert one.ids == other.ids, f"{when}: {one.ids} answered, then {other.ids}"
-    parts = [
-        tree.flatten({"update": r.update, "personal": r.personal, "metrics": r.metrics, "weight": r.weight})
-        for r in (one, other)
-    ]
+    parts = [_leaves(_tables(replies)) for replies in (one, other)]
     assert parts[0].keys() == parts[1].keys(), f"{when}: leaves differ: {sorted(parts[0].keys() ^ parts[1].keys())}"
     for name, leaf in parts[0].items():
-        if name.endswith("@index"):
-            continue  # padding may differ
+        shapes = tuple(leaf.shape), tuple(parts[1][name].shape)
+        assert shapes[0] == shapes[1], f"{when}: {name} has shape {shapes[0]}, then {shapes[1]}"
         allowed = tolerance if leaf.is_floating_point() else 0.0
         difference = float((leaf.double() - parts[1][name].double()).abs().max()) if leaf.numel() else 0.0
         scale = max(1.0, float(leaf.double().abs().max())) if leaf.numel() else 1.0

@@ -77,7 +77,9 @@ def half(model):
 
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
-    "momentum": Shipped(lambda model: Sgd(model=model, lr=0.1, momentum=0.9, weight_decay=0.01, epochs=3, batch_size=8)),
+    "momentum": Shipped(
+        lambda model: Sgd(model=model, lr=0.1, momentum=0.9, weight_decay=0.01, epochs=3, batch_size=8)
+    ),
     "full batch": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=64)),
     "single examples": Shipped(lambda model: Sgd(model=model, lr=0.1, batch_size=1)),
     "prox": Shipped(lambda model: Prox(model=model, lr=0.1, mu=0.5, epochs=2, batch_size=8)),

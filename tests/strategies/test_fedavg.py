@@ -1,5 +1,6 @@
 """FedAvg is the weighted mean, and with one client it is ordinary training."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,8 +8,10 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from clients.sgd import Sgd
-from fedsim.data.federation import schedule
+from fedsim.data.dataset import Dataset
+from fedsim.data.federation import Partition, divide, schedule
 from fedsim.engines.local import Sequential, Vectorised
+from fedsim.model import Model, squared_error
 from fedsim.sampling import everyone
 from fedsim.simulation import begin, rounds
 from fedsim.task import Replies, Task
@@ -90,15 +93,9 @@ def test_at_lr_one_nothing_of_the_servers_own_model_is_left():
 
 
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
-def test_clients_weigh_as_many_examples_as_they_have(quadratics, engine):
-    from fedsim.data.dataset import Dataset
-    from fedsim.data.federation import Partition, divide
-    from fedsim.model import Model, squared_error
-
+def test_clients_weigh_as_many_examples_as_they_have(engine):
     target = torch.tensor([[0.0], [0.0], [0.0], [4.0]], dtype=torch.float64)
     columns = {"x": torch.ones(4, 1, dtype=torch.float64), "y": target}
-    import numpy as np
-
     federation = divide(Dataset("uneven", columns), Partition(np.arange(4), np.array([0, 3, 4])))
     module = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(module.weight, 2.0)

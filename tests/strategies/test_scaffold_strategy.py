@@ -37,20 +37,20 @@ def error(snapshot, point):
 
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
 def test_it_converges_to_the_optimum_of_the_mean_where_fedavg_stops_elsewhere(quadratics, engine):
-    controlled = run(quadratics, Scaffold(num_clients=3), ControlledSgd, 200, engine)
-    plain = run(quadratics, FedAvg(), Sgd, 200, engine)
+    controlled = run(quadratics, Scaffold(num_clients=3), ControlledSgd, 100, engine)
+    plain = run(quadratics, FedAvg(), Sgd, 100, engine)
     assert error(controlled, BEST) < 1e-8
     assert error(plain, DRIFTED) < 1e-8
     assert error(plain, BEST) > 0.1
 
 
 def test_with_some_of_the_clients_it_still_converges_to_the_optimum(quadratics):
-    snapshot = run(quadratics, Scaffold(3), ControlledSgd, 600, sample=uniform(3, 1, count=2))
+    snapshot = run(quadratics, Scaffold(3), ControlledSgd, 180, sample=uniform(3, 1, count=2))
     assert error(snapshot, BEST) < 1e-6
 
 
 def test_at_the_optimum_a_clients_control_variate_is_its_gradient(quadratics):
-    snapshot = run(quadratics, Scaffold(3), ControlledSgd, 200)
+    snapshot = run(quadratics, Scaffold(3), ControlledSgd, 100)
     kept = snapshot.personal.gather([0, 1, 2])["control"]["weight"][:, 0]
     np.testing.assert_allclose(kept.numpy(), CURVATURE * (BEST - OPTIMUM), atol=1e-7)
 

@@ -1,0 +1,175 @@
+"""Experiments: read, changed, resolved, put together."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from clients.sgd import Sgd
+from fedsim.config import ConfigError, Experiment, assemble, bundled, locate, read
+from fedsim.engines.local import Sequential, Vectorised
+from fedsim.evaluation import Evaluate
+from strategies.fedopt import FedOpt
+
+TABLES: dict[str, Any] = {
+    "name": "small",
+    "rounds": 2,
+    "data": {"use": "fedsim.data.datasets:gaussians", "examples": 60, "classes": 3, "features": 4},
+    "partition": {"use": "fedsim.data.partition:iid", "clients": 3},
+    "model": {"use": "fedsim.networks:logistic"},
+    "strategy": {"use": "strategies.fedavg:FedAvg"},
+    "clients": {"train": {"use": "clients.sgd:Sgd", "lr": 0.1}},
+}
+
+
+def changed(*changes: str) -> Experiment:
+    return read(TABLES, changes)[0]
+
+
+def test_there_are_bundled_experiments_and_all_of_them_can_be_read():
+    assert "fedavg/digits" in bundled()
+    for name in bundled():
+        experiment, folder = read(name)
+        assert folder == locate(name).resolve().parent
+        assert experiment.rounds >= 1
+
+
+def test_an_experiment_is_found_by_its_path_with_or_without_toml(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(TABLES))
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "mine.toml", "mine.toml", "mine", tmp_path / "mine"):
+        assert read(source)[0].name == "small"
+
+
+def test_a_file_here_comes_before_a_bundled_experiment(tmp_path, monkeypatch):
+    (tmp_path / "fedavg").mkdir()
+    (tmp_path / "fedavg" / "digits.toml").write_text(tomli_w.dumps(TABLES))
+    monkeypatch.chdir(tmp_path)
+    assert read("fedavg/digits")[0].name == "small"
+
+
+def test_reading_tables_changes_nothing_in_them():
+    before = tomli_w.dumps(TABLES)
+    read(TABLES, ["strategy.lr=0.5", "clients.train.lr=3.0", "data.seed=4"])
+    assert tomli_w.dumps(TABLES) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "value"),
+    [
+        ("rounds=7", ["rounds"], 7),
+        ("strategy.lr=0.5", ["strategy", "lr"], 0.5),
+        ("strategy.lr=1e-3", ["strategy", "lr"], 0.001),
+        (" strategy . lr = 0.5", ["strategy", "lr"], 0.5),
+        ("model.hidden=[64, 32]", ["model", "hidden"], [64, 32]),
+        ("model.use=mlp", ["model", "use"], "mlp"),
+        ("model.use='mlp'", ["model", "use"], "mlp"),
+        ('model.use="mlp"', ["model", "use"], "mlp"),
+        ("model.use=a=b", ["model", "use"], "a=b"),
+        ("model.flag=true", ["model", "flag"], True),
+        ("model.flag=True", ["model", "flag"], "True"),
+        ("strategy={use='fedopt'}", ["strategy"], {"use": "fedopt"}),
+        ("sample.use=uniform", ["sample"], {"use": "uniform"}),
+        ("clients.evaluate.use=evaluate", ["clients", "evaluate"], {"use": "evaluate"}),
+        ("split.test=0.5", ["split"], {"use": "fedsim.data.federation:divide", "test": 0.5}),
+        ("keep_checkpoints=all", ["keep_checkpoints"], "all"),
+    ],
+)
+def test_a_change_is_written_as_in_toml_and_else_is_a_string(change, path, value):
+    found: Any = changed(change).model_dump()
+    for key in path:
+        found = found[key]
+    assert found == value
+
+
+def test_later_changes_come_after_earlier_ones():
+    experiment = changed("sample.use=uniform", "sample.fraction=0.5", "rounds=3", "rounds=4")
+    assert experiment.sample == {"use": "uniform", "fraction": 0.5}
+    assert experiment.rounds == 4
+
+
+def test_a_default_table_is_not_changed_for_the_next_experiment():
+    changed("split.test=0.5", "engine.use=sequential")
+    assert changed().split == {"use": "fedsim.data.federation:divide"}
+
+
+def test_the_resolved_experiment_reads_back_as_itself():
+    experiment = changed("evaluate_clients=2", "name=a.b-c_d", "seed=9223372036854775807")
+    assert read(tomllib.loads(experiment.toml()))[0] == experiment
+
+
+def test_the_resolved_experiment_holds_the_defaults():
+    resolved = tomllib.loads(changed().toml())
+    assert resolved["seed"] == 0
+    assert resolved["sample"] == {"use": "fedsim.sampling:everyone"}
+    assert "evaluate_clients" not in resolved
+
+
+def test_the_resolved_experiment_names_plug_in_files_by_their_absolute_path(tmp_path):
+    (tmp_path / "mine.py").write_text("from clients.sgd import Sgd\nfrom fedsim.sampling import everyone, dropout\n")
+    sample = {"use": "mine.py:dropout", "probability": 0.5, "sample": {"use": "mine.py:everyone"}}
+    (tmp_path / "small.toml").write_text(tomli_w.dumps(TABLES | {"sample": sample}))
+    resolved = read(tmp_path / "small.toml")[0].sample
+    assert resolved["use"] == f"{tmp_path / 'mine.py'}:dropout"
+    assert resolved["sample"]["use"] == f"{tmp_path / 'mine.py'}:everyone"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("evaluate_clients", None, "TOML has no None"),
+        ("model", {"use": "fedsim.networks:mlp", "hidden": None}, "TOML has no None"),
+        ("model", {"use": Path("mine.py")}, "TOML has no PosixPath"),
+        ("model", {3: 4}, "the key 3 is not a string"),
+    ],
+)
+def test_tables_from_python_that_no_file_could_hold_are_refused(key, value, told):
+    with pytest.raises(ConfigError, match=f"^experiment: {key} = .*{told}"):
+        read(TABLES | {key: value})
+
+
+def test_an_assembly_is_made_of_what_the_tables_say():
+    parts = assemble(changed("strategy.use=fedopt", "strategy.lr=0.5", "seed=5", "engine.use=sequential"))
+    assert parts.federation.num_clients == 3
+    assert parts.strategy == FedOpt(lr=0.5)
+    assert isinstance(parts.clients["train"], Sgd)
+    assert isinstance(parts.engine, Sequential)
+    assert parts.engine.seed == 5
+    assert parts.sample(1).ids == [0, 1, 2]
+
+
+def test_an_evaluation_is_there_unless_another_is_asked_for():
+    assert assemble(changed()).clients["evaluate"].batch_size == 256
+    evaluate = assemble(changed("clients.evaluate={use='evaluate', batch_size=3}")).clients["evaluate"]
+    assert isinstance(evaluate, Evaluate)
+    assert (evaluate.batch_size, evaluate.num_classes) == (3, 3)
+
+
+def test_the_seed_reaches_every_part_that_draws():
+    def one(*changes: str) -> Any:
+        parts = assemble(changed("model.use=mlp", "model.hidden=[3]", *changes))
+        return parts.federation.columns["x"], parts.federation.rows, parts.model.params["1.weight"]
+
+    first, same, other = one("seed=1"), one("seed=1"), one("seed=2")
+    assert all((a == b).all() for a, b in zip(first, same, strict=True))
+    assert not any((a == b).all() for a, b in zip(first, other, strict=True))
+
+
+def test_a_part_may_have_a_seed_of_its_own():
+    first, other = (assemble(changed("data.seed=7", f"seed={seed}")).federation for seed in (1, 2))
+    assert (first.columns["x"] == other.columns["x"]).all()
+    assert (first.rows != other.rows).any()
+
+
+def test_the_engine_is_chosen_by_the_model():
+    assert isinstance(assemble(changed()).engine, Vectorised)
+
+
+def test_no_data_is_read_when_a_later_table_is_wrong(tmp_path):
+    (tmp_path / "mine.py").write_text("def data():\n    raise RuntimeError('the data was read')\n")
+    with pytest.raises(ConfigError, match="unknown key surplus"):
+        assemble(changed(f"data={{use='{tmp_path}/mine.py:data'}}", "engine.surplus=1"))
+    with pytest.raises(ConfigError, match="the data was read"):
+        assemble(changed(f"data={{use='{tmp_path}/mine.py:data'}}"))

@@ -1,0 +1,173 @@
+"""From the `use` of a table to the callable that it names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clients.sgd
+from fedsim import networks, sampling
+from fedsim.config import ConfigError, find, names
+from fedsim.config.plugins import absolute, closest, shown
+
+PLUGIN = """
+from dataclasses import dataclass
+
+@dataclass
+class Thing:
+    size: int = 1
+
+    @staticmethod
+    def small():
+        return Thing(0)
+
+def make():
+    return Thing(3)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+def test_a_module_and_a_name_give_what_is_called_so():
+    assert find("fedsim.networks:mlp", "fedsim.models", "model.use") is networks.mlp
+
+
+def test_a_name_may_lie_inside_a_class(file):
+    assert find(f"{file}:Thing.small", "fedsim.models", "model.use")().size == 0
+
+
+@pytest.mark.parametrize(
+    ("short", "group", "target"),
+    [
+        ("mlp", "fedsim.models", networks.mlp),
+        ("sgd", "fedsim.clients", clients.sgd.Sgd),
+        ("uniform", "fedsim.samplers", sampling.uniform),
+    ],
+)
+def test_a_short_name_is_an_entry_point_of_its_group(short, group, target):
+    assert find(short, group, "somewhere") is target
+
+
+def test_every_short_name_leads_to_something_callable():
+    groups = [
+        f"fedsim.{part}"
+        for part in ["strategies", "clients", "datasets", "partitions", "models", "samplers", "engines"]
+    ]
+    assert all(names(group) for group in groups)
+    for group in groups:
+        for short in names(group):
+            assert callable(find(short, group, "somewhere"))
+
+
+def test_a_short_name_of_another_group_is_unknown():
+    with pytest.raises(ConfigError, match=r"model.use = 'sgd': no entry point of that name in fedsim.models"):
+        find("sgd", "fedsim.models", "model.use")
+
+
+def test_a_file_is_looked_for_beside_the_experiment_and_then_in_the_current_folder(tmp_path, monkeypatch):
+    for folder in ("beside", "current"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "both.py").write_text(f"def where(): return {folder!r}")
+    (tmp_path / "current" / "one.py").write_text("def where(): return 'current'")
+    monkeypatch.chdir(tmp_path / "current")
+    assert find("both.py:where", "", "model.use", tmp_path / "beside")() == "beside"
+    assert find("both.py:where", "", "model.use")() == "current"
+    assert find("one.py:where", "", "model.use", tmp_path / "beside")() == "current"
+    with pytest.raises(ConfigError, match=r"there is no file 'none.py' \(looked in .*beside, .*current\)"):
+        find("none.py:where", "", "model.use", tmp_path / "beside")
+
+
+def test_two_tables_that_name_one_file_share_its_module(file):
+    thing, make = (find(f"{file}:{name}", "", "model.use") for name in ("Thing", "make"))
+    assert isinstance(make(), thing)
+
+
+def test_a_file_that_was_changed_is_read_again(file):
+    before = find(f"{file}:make", "", "model.use")
+    file.write_text(PLUGIN.replace("Thing(3)", "Thing(4)"))
+    after = find(f"{file}:make", "", "model.use")
+    assert (before().size, after().size) == (3, 4)
+
+
+def test_what_a_file_defines_knows_its_module(file):
+    thing = find(f"{file}:Thing", "", "model.use")
+    assert sys.modules[thing.__module__].Thing is thing
+
+
+def test_a_file_that_fails_leaves_no_module_behind(tmp_path):
+    (tmp_path / "fails.py").write_text("raise RuntimeError('by design')")
+    with pytest.raises(ConfigError, match="importing .*fails.py failed: RuntimeError: by design"):
+        find("fails.py:x", "", "model.use", tmp_path)
+    assert not [name for name in sys.modules if name.startswith("fedsim_plugin_fails")]
+
+
+def test_a_file_that_ends_the_program_when_imported_is_an_error(tmp_path):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    with pytest.raises(ConfigError, match="SystemExit: 0"):
+        find("leaves.py:x", "", "model.use", tmp_path)
+
+
+def test_a_module_that_lies_here_as_a_file_is_pointed_out(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no module 'mine'; for the file write 'mine.py:make'"):
+        find("mine:make", "", "model.use", tmp_path)
+
+
+def test_a_mistyped_name_is_recognised():
+    with pytest.raises(ConfigError, match="has no 'mpl'; did you mean mlp\\?"):
+        find("fedsim.networks:mpl", "", "model.use")
+    with pytest.raises(ConfigError, match="did you mean dirichlet\\?"):
+        find("dirichelt", "fedsim.partitions", "partition.use")
+
+
+def test_a_name_like_no_other_is_answered_with_all_there_are():
+    assert closest("xyz", ["b", "a"]) == "; there are a, b"
+    assert closest("xyz", []) == ""
+
+
+@pytest.mark.parametrize("use", [3, None, True, ["a:b"], {"use": "a:b"}, ""])
+def test_what_is_no_name_is_refused(use):
+    with pytest.raises(ConfigError, match=r"^model.use = .*must be 'package.module:name', 'file.py:name' or a short"):
+        find(use, "fedsim.models", "model.use")
+
+
+def test_the_path_of_a_file_is_made_absolute_and_nothing_else(file, tmp_path):
+    assert absolute("mine.py:make", tmp_path) == f"{file}:make"
+    assert absolute(f"{file}:make", None) == f"{file}:make"
+    assert absolute("fedsim.networks:mlp", tmp_path) == "fedsim.networks:mlp"
+    assert absolute("mlp", tmp_path) == "mlp"
+
+
+def test_a_long_value_is_shown_in_part():
+    assert shown("a") == "'a'"
+    assert len(shown("a" * 10**6)) < 130
+    assert "1000002 characters" in shown("a" * 10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "hides fedsim's own package 'strategies'"),  # an empty __init__.py: the module is missing
+        (None, None),  # a folder that is no package hides nothing
+    ],
+)
+def test_a_users_folder_that_hides_ours_is_named(content, told, tmp_path):
+    (tmp_path / "strategies").mkdir()
+    if content is not None:
+        (tmp_path / "strategies" / "__init__.py").write_text(content)
+    program = (
+        "from fedsim.config import find, ConfigError\n"
+        "try: print(find('fedavg', 'fedsim.strategies', 'strategy.use').__name__)\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (told or "FedAvg") in done.stdout
+    if told:
+        assert str(tmp_path / "strategies") in done.stdout
+        assert "rename it, or start fedsim from another folder" in done.stdout

@@ -1,0 +1,293 @@
+"""A run's directory: what is in it is whole, and a checkpoint gives back what it took."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from clients.scaffold import ControlledSgd
+from clients.sgd import Sgd
+from fedsim import tree
+from fedsim.model import Model
+from fedsim.personal import Personal
+from fedsim.runs import Run, append, as_csv, read_checkpoint, read_lines, replace
+from fedsim.simulation import Snapshot
+
+MODEL = Model(torch.nn.Linear(2, 3))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.create(tmp_path, "name", 7, "rounds = 3\n", {"python": "3"})
+
+
+def snapshot(round: int = 4, fill: float = 1.0, personal: bool = False) -> Snapshot:
+    clients = {"train": ControlledSgd(model=MODEL, lr=0.1) if personal else Sgd(model=MODEL, lr=0.1)}
+    state = {"params": {"weight": torch.full((3, 2), fill), "bias": torch.arange(3.0)}, "steps": torch.tensor(round)}
+    return Snapshot(round, state, Personal(clients, 5, seed=0))
+
+
+def control(value: float) -> tree.Tree:
+    """What two clients keep."""
+    return {"control": {name: torch.full((2, *leaf.shape), value) for name, leaf in MODEL.params.items()}}
+
+
+def same(one: tree.Tree, other: tree.Tree) -> bool:
+    flat, others = tree.flatten(one), tree.flatten(other)
+    return flat.keys() == others.keys() and all(torch.equal(leaf, others[name]) for name, leaf in flat.items())
+
+
+def test_a_new_run_has_a_directory_named_by_date_and_seed(run, tmp_path):
+    assert run.path.parent == tmp_path / "name"
+    assert run.path.name.endswith("-7")
+    assert (run.path / "experiment.toml").read_text() == "rounds = 3\n"
+    assert json.loads((run.path / "environment.json").read_text()) == {"python": "3"}
+    assert Run.open(run.path) == run
+
+
+def test_runs_of_one_second_have_directories_of_their_own(tmp_path):
+    runs = [Run.create(tmp_path, "name", 7, "", {}) for _ in range(12)]
+    assert len({run.path for run in runs}) == 12
+
+
+def test_a_directory_without_an_experiment_is_no_run(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"is not a run: it holds no experiment.toml"):
+            Run.open(path)
+
+
+def test_rounds_are_recorded_line_by_line_and_read_back(run):
+    lines = [{"round": 1, "test/accuracy": 0.1 + 0.2, "bytes_up": 123}, {"round": 2, "seconds": 1e-300}]
+    for line in lines:
+        run.record(line)
+        assert run.metrics_file.read_text().endswith("\n")
+    assert run.metrics() == lines
+
+
+def test_what_is_not_finite_is_null_on_disk_and_nan_when_read(run):
+    run.record({"round": 1, "loss": math.nan, "norm": math.inf})
+    assert json.loads(run.metrics_file.read_text()) == {"round": 1, "loss": None, "norm": None}
+    (line,) = run.metrics()
+    assert math.isnan(line["loss"])
+    assert math.isnan(line["norm"])
+
+
+def test_a_metric_may_be_a_tensor_or_a_number_of_numpy(run):
+    run.record({"round": 1, "loss": torch.tensor(0.5), "norm": np.float32(0.25)})  # type: ignore[dict-item]
+    assert run.metrics() == [{"round": 1, "loss": 0.5, "norm": 0.25}]
+
+
+def test_failures_are_a_line_each(run):
+    run.record_failures(2, {5: "line 1\nline 2", 3: "ü"})
+    run.record_failures(3, {})
+    assert read_lines(run.failures_file) == [
+        {"round": 2, "client": 5, "reason": "line 1\nline 2"},
+        {"round": 2, "client": 3, "reason": "ü"},
+    ]
+
+
+def test_a_run_without_a_round_has_no_metrics(run):
+    assert run.metrics() == []
+    assert run.checkpoints() == []
+
+
+@pytest.mark.parametrize("half", ['{"round": 3, "te', '{"round": 3}', "{", "\x00\x00"])
+def test_a_last_line_that_was_cut_off_does_not_count(run, half):
+    run.record({"round": 1})
+    run.record({"round": 2})
+    with run.metrics_file.open("a") as file:
+        file.write(half)
+    assert [line["round"] for line in run.metrics()] == [1, 2]
+
+
+def test_a_letter_that_was_cut_in_the_middle_does_no_harm(run):
+    run.record({"round": 1})
+    with run.metrics_file.open("ab") as file:
+        file.write('{"ü'.encode()[:-1])
+    assert [line["round"] for line in run.metrics()] == [1]
+
+
+@pytest.mark.parametrize("line", ['{"round": 2', "[1]", "3", '{"seconds": 1}', "nonsense"])
+def test_a_damaged_line_in_the_middle_is_named(run, line):
+    run.record({"round": 1})
+    with run.metrics_file.open("a") as file:
+        file.write(f"{line}\n")
+    run.record({"round": 3})
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged: it must be an object with a round"):
+        run.metrics()
+
+
+def test_rewinding_takes_back_all_that_came_after_a_round(run):
+    for number in range(1, 6):
+        run.record({"round": number, "value": number / 3})
+        run.record_failures(number, {number: "why"})
+    with run.metrics_file.open("a") as file:
+        file.write('{"round": 6')
+    run.rewind(3)
+    assert run.metrics() == [{"round": number, "value": number / 3} for number in (1, 2, 3)]
+    assert [line["round"] for line in read_lines(run.failures_file)] == [1, 2, 3]
+    run.record({"round": 4})
+    assert [line["round"] for line in run.metrics()] == [1, 2, 3, 4]
+
+
+def test_rewinding_a_new_run_makes_no_files(run):
+    before = sorted(run.path.iterdir())
+    run.rewind(0)
+    assert sorted(run.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("personal", [False, True])
+def test_a_checkpoint_gives_back_what_it_took(run, personal):
+    saved = snapshot(4, 0.1 + 0.2, personal)
+    if personal:
+        saved.personal.scatter([3, 1], control(2.5))
+    found = run.load(run.save(saved, 2), snapshot(0, 0.0, personal))
+    assert found.round == 4
+    assert same(found.state, saved.state)
+    assert same(found.personal.gather([0, 1, 3]), saved.personal.gather([0, 1, 3]))
+
+
+def test_the_same_snapshot_gives_the_same_bytes(tmp_path):
+    files = [Run.create(tmp_path, "name", seed, "", {}).save(snapshot(), 2).read_bytes() for seed in range(8)]
+    assert len(set(files)) == 1
+
+
+def test_leaves_may_share_memory_and_need_not_be_contiguous(run):
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {"a": whole, "b": whole, "c": whole.T, "d": whole[:, ::2], "e": whole[0]}
+    saved = Snapshot(1, state, snapshot().personal)
+    assert same(run.load(run.save(saved, 2), saved).state, state)
+
+
+def test_a_checkpoint_may_hold_rows_and_any_kind_of_number(run):
+    state = {
+        "rows": tree.Rows(torch.tensor([1, -1]), torch.ones(2, 3), 5),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "yes": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+    }
+    saved = Snapshot(1, state, snapshot().personal)
+    found = run.load(run.save(saved, 2), saved)
+    assert same(found.state, state)
+    assert found.state["half"].dtype == torch.bfloat16
+
+
+def wrong(run: Run, leaves: dict[str, Tensor | None]) -> Path:
+    """A checkpoint of `snapshot` with some leaves replaced, or left out where None stands."""
+    path = run.save(snapshot(), 2)
+    flat, _ = read_checkpoint(path)
+    changed: dict[str, Any] = {name: leaf for name, leaf in (flat | leaves).items() if leaf is not None}
+    told = json.dumps({"format": 1, "round": 4})
+    path.write_bytes(safetensors.torch.save(changed, {"fedsim": told}))
+    return path
+
+
+def test_leaves_that_are_missing_surplus_or_of_another_shape_are_all_named(run):
+    path = wrong(
+        run,
+        {
+            "state/params/bias": None,
+            "state/params/surplus": torch.ones(1),
+            "state/params/weight": torch.ones(2, 3),
+        },
+    )
+    with pytest.raises(ValueError) as caught:
+        run.load(path, snapshot())
+    message = str(caught.value)
+    assert str(path) in message
+    assert "missing params/bias" in message
+    assert "surplus params/surplus" in message
+    assert "params/weight has shape (2, 3), expected (3, 2)" in message
+
+
+def test_a_checkpoint_of_clients_that_kept_something_else_is_refused(run):
+    saved = snapshot(personal=True)
+    saved.personal.scatter([3, 1], control(2.5))
+    path = run.save(saved, 2)
+    with pytest.raises(ValueError, match="what clients keep does not fit: surplus control/bias; surplus control/w"):
+        run.load(path, snapshot(personal=False))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "nonsense", "header", "zeros"])
+def test_a_damaged_checkpoint_is_named_and_said_what_to_do_about(run, damage):
+    path = run.save(snapshot(), 2)
+    whole = path.read_bytes()
+    content = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "nonsense": b"nonsense" * 100,
+        "header": whole[:20] + b"\xff" * 8 + whole[28:],
+        "zeros": bytes(len(whole)),
+    }
+    path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=r"checkpoint .*round-000004.safetensors is damaged: .*remove it to go on"):
+        run.load(path, snapshot())
+
+
+@pytest.mark.parametrize("told", [None, {"fedsim": '{"format": 9, "round": 1}'}, {"other": "1"}])
+def test_a_checkpoint_of_another_format_is_refused(run, told):
+    path = run.save(snapshot(), 2)
+    path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}, told))
+    with pytest.raises(ValueError, match="has format (None|9), this version reads 1"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (99, [1, 2, 3, 4, 5]), ("all", [1, 2, 3, 4, 5])])
+def test_the_last_checkpoints_are_kept(run, keep, left):
+    for number in range(1, 6):
+        run.save(snapshot(number), keep)
+    assert [read_checkpoint(path)[1] for path in run.checkpoints()] == left
+
+
+def test_the_latest_checkpoint_is_last_however_many_digits_its_round_has(run):
+    for number in (999_998, 999_999, 1_000_000, 1_000_001):
+        run.save(snapshot(number), 2)
+    assert [read_checkpoint(path)[1] for path in run.checkpoints()] == [1_000_000, 1_000_001]
+
+
+def test_what_was_being_written_when_the_process_died_is_no_checkpoint(run):
+    path = run.save(snapshot(4), 2)
+    part = path.with_name(".round-000006.safetensors.part")
+    part.write_bytes(path.read_bytes()[:100])
+    assert run.checkpoints() == [path]
+    run.save(snapshot(6), 2)
+    assert not part.exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    replace(path, b"old")
+    with pytest.raises(TypeError):
+        replace(path, "not bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    replace(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_appending_nothing_makes_no_file(tmp_path):
+    append(tmp_path / "file", [])
+    assert not (tmp_path / "file").exists()
+    assert read_lines(tmp_path / "file") == []
+
+
+def test_a_line_that_cannot_be_written_leaves_no_half_of_it(tmp_path):
+    with pytest.raises(TypeError):
+        append(tmp_path / "file", [{"round": 1}, {"round": object()}])
+    assert read_lines(tmp_path / "file") == []
+
+
+def test_columns_are_written_as_csv_that_reads_back():
+    columns = {"client": np.array([0.0, 12.0, 3.0]), "a,b": np.array([0.1 + 0.2, np.nan, 1e-17])}
+    rows = list(csv.reader(io.StringIO(as_csv(columns))))
+    assert rows[0] == ["client", "a,b"]
+    assert [row[0] for row in rows[1:]] == ["0", "12", "3"]
+    assert [float(row[1]) if row[1] else None for row in rows[1:]] == [0.1 + 0.2, None, 1e-17]
