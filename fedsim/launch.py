@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     evaluate_clients: Count | None = None  # None: all that have a test part
     checkpoint_every: Count = 10
     keep_checkpoints: Count | Literal["all"] = 2
-    min_replies: Count = 1
+    min_replies: Natural = 1  # 0: a round in which nobody answers changes nothing
     threads: Count = 1
 
     @classmethod

@@ -26,7 +26,7 @@ def _features(federation: Federation) -> torch.Size:
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """What `build` makes, its first parameters a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return build()
 
 

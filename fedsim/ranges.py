@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from numbers import Real
-from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
@@ -44,11 +44,19 @@ def limits(hint: Any) -> Iterator[Any]:
             yield from limits(part)
 
 
+def _literals(hint: Any) -> list[Any]:
+    """The Literal types in a hint, itself or the members of a union."""
+    return [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+
+
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError when `value`, or an element of it, lies outside the range that its type `hint` states."""
     if isinstance(value, list | tuple):
         for position, element in enumerate(value):
             check(f"{name}[{position}]", element, hint)
+    options = [option for literal in _literals(hint) for option in get_args(literal)]
+    if options and isinstance(value, str) and value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
         return
     wanted = [(_SIGNS[type(limit)], limit) for limit in limits(hint) if type(limit) in _SIGNS]

@@ -55,6 +55,8 @@ def rounds(
 ) -> Iterator[Round]:
     """The rounds after `snapshot`, for as long as the caller takes them.
 
+    With `min_replies` 0, a round in which nobody answers leaves the state as it is.
+
     Raises:
         TooFewReplies: fewer than `min_replies` clients answered. The snapshot before that round still holds.
     """
@@ -68,9 +70,9 @@ def rounds(
         replies = engine.execute(task, Cohort(draw.ids, personal.gather(draw.ids)))
         failed = replies.failed | dict.fromkeys(draw.dropped, "dropped out")
         asked = len(draw.ids) + len(draw.dropped)
-        if len(replies.ids) < max(1, min_replies):
-            raise TooFewReplies(number, asked, len(replies.ids), max(1, min_replies), failed)
-        state, metrics = strategy.aggregate(state, task, replies)
+        if len(replies.ids) < min_replies:
+            raise TooFewReplies(number, asked, len(replies.ids), min_replies, failed)
+        state, metrics = strategy.aggregate(state, task, replies) if replies.ids else (state, {})
         personal.scatter(replies.ids, replies.personal)
         lost = len(draw.dropped) * tree.count_bytes(tree.leaves(task.shared))
         yield Round(

@@ -178,7 +178,7 @@ def weighted_mean(tree: Tree, weight: Tensor) -> Tree:
     def mean(leaf: Any) -> Any:
         if isinstance(leaf, Rows):
             return scale(leaf, share).dense()
-        leaf = leaf if leaf.is_floating_point() else leaf.float()
+        leaf = leaf if leaf.is_floating_point() else leaf.double()
         return torch.tensordot(share.to(leaf.dtype), leaf, 1)
 
     return map(mean, tree)
@@ -191,7 +191,7 @@ def total(tree: Tree) -> Tree:
 
 def scale(rows: Rows, factor: Tensor) -> Rows:
     """Stacked rows (C, R, ...), those of each client multiplied by its factor (C,)."""
-    values = rows.values if rows.values.is_floating_point() else rows.values.float()
+    values = rows.values if rows.values.is_floating_point() else rows.values.double()
     shape = (-1, *[1] * (values.ndim - 1))
     return Rows(rows.index, values * factor.to(values.dtype).reshape(shape), rows.size)
 

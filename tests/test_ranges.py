@@ -20,6 +20,7 @@ from fedsim.ranges import (
     checked,
     limits,
 )
+from strategies.fedopt import FedOpt
 
 # hint -> (values at the edge that are allowed, values beyond it)
 EDGES = {
@@ -121,3 +122,9 @@ def test_truth_values_and_words_are_not_measured():
     check("x", True, Annotated[float, Gt(5)])
     check("x", "-1", Positive)
     check("x", None, Positive)
+
+
+def test_a_word_must_be_one_of_those_that_its_type_names():
+    with pytest.raises(ValueError, match="optimiser must be one of 'adam', .*, got 'adagard'"):
+        FedOpt(optimiser="adagard")
+    assert FedOpt(optimiser="adagrad").optimiser == "adagrad"

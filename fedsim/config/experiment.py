@@ -45,7 +45,7 @@ class Experiment(BaseModel):
     evaluate_clients: Number | None = None  # how many clients evaluate; None: all with a test part
     checkpoint_every: Number = 10
     keep_checkpoints: Number | Literal["all"] = 2  # the last so many
-    min_replies: Number = 1
+    min_replies: Annotated[int, Interval(ge=0, le=10**9)] = 1  # 0: a round that nobody answers changes nothing
     threads: Annotated[int, Interval(ge=1, le=1024)] = 1  # of torch; more change the last bits of a sum
     data: Table
     partition: Table

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def drawing(client: Client, *path: int | str) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(*path).initial_seed())
+        torch.default_generator.manual_seed(generator(*path).initial_seed())
         yield
 
 
@@ -96,6 +96,10 @@ class Gathering:
     """The replies of a cohort, taken in block by block, in an order that does not depend on the machine."""
 
     def __init__(self, task: Task, cohort: Cohort) -> None:
+        if task.reduce not in get_args(Reduce):
+            raise ValueError(f"task.reduce must be one of {', '.join(get_args(Reduce))}, got {task.reduce!r}")
+        if len(set(cohort.ids)) < len(cohort.ids):
+            raise ValueError(f"a client takes part once in a round, got the ids {list(cohort.ids)}")
         self.task, self.cohort = task, cohort
         self.ids: list[int] = []
         self.parts: list[Reply] = []

@@ -196,7 +196,7 @@ def out_of_range(name: str, tables: Tables) -> Iterator[Damage]:
         "evaluate_clients": [0, -1],
         "checkpoint_every": [0, -1],
         "keep_checkpoints": [0, "some", -1],
-        "min_replies": [0, -2],
+        "min_replies": [-1, -2],
         "threads": [0, 10**9],
         "data.examples": [0, -60, 1.5],
         "data.test": [-0.1, 1.0, float("inf")],

@@ -397,3 +397,13 @@ def test_an_engine_is_a_context_that_says_what_it_is(classification):
     with Vectorised(classification(SIZES)[1], {}, block=4) as engine:
         assert repr(engine) == "Vectorised(block=4)"
     assert repr(Sequential(classification(SIZES)[1], {})) == "Sequential()"
+
+
+@pytest.mark.parametrize("engine", [Sequential, Vectorised])
+def test_a_task_that_makes_no_sense_is_refused(engine, classification):
+    model, federation = classification((3, 4))
+    run = engine(federation, {"train": Sgd(model=model, lr=0.1)})
+    with pytest.raises(ValueError, match="task.reduce must be one of stack, mean, sum, got 'average'"):
+        run.execute(Task("train", {"params": model.params}, reduce="average"), Cohort([0, 1]))
+    with pytest.raises(ValueError, match=r"once in a round, got the ids \[0, 1, 0\]"):
+        run.execute(Task("train", {"params": model.params}), Cohort([0, 1, 0]))
