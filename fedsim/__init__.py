@@ -12,7 +12,8 @@ from fedsim.data.federation import Federation, Partition, divide
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.evaluation import Evaluate
-from fedsim.launch import Plan, Result, resume, run, simulate
+from fedsim.job import Plan, Result
+from fedsim.launch import resume, run, simulate
 from fedsim.model import Model, gradient
 from fedsim.sampling import Draw, Sampler
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds

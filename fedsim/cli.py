@@ -21,7 +21,7 @@ from rich.text import Text
 
 from fedsim import config, doctor
 from fedsim.config import ConfigError
-from fedsim.launch import Result
+from fedsim.job import Result
 from fedsim.launch import resume as resume_run
 from fedsim.launch import run as run_experiment
 from fedsim.progress import display
@@ -47,6 +47,8 @@ def _told(full: bool = False) -> Iterator[None]:
     """Turns what goes wrong into a message and an exit code."""
     try:
         yield
+    except typer.Exit:
+        raise
     except ConfigError as error:
         if full:
             errors.print(traceback.format_exc().rstrip())

@@ -1,80 +1,26 @@
-"""Running an experiment from beginning to end: rounds, evaluations, records, checkpoints, report."""
+"""Running an experiment: from a file, from where a run was left, or from objects."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any
 
-import numpy as np
 import tomli_w
 import torch
 
 from fedsim.client import Client
-from fedsim.config import Assembly, ConfigError, Experiment, assemble, read
+from fedsim.config import Assembly, ConfigError, assemble, read
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
-from fedsim.engines.local import Sequential, auto
+from fedsim.engines.local import auto
 from fedsim.environment import environment
-from fedsim.evaluation import Evaluate, Evaluation, evaluate, spread
+from fedsim.evaluation import Evaluate
+from fedsim.job import DisplayFor, Job, Plan, Result, drive, prepare
 from fedsim.model import Model
-from fedsim.progress import Display, Silent
-from fedsim.randomness import rng
-from fedsim.ranges import Count, Natural, check
-from fedsim.report import write_report
 from fedsim.runs import Run
 from fedsim.sampling import Sampler, everyone
-from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.strategy import Strategy
-from fedsim.task import Cohort, Metrics, Params
-from fedsim.trackers import Tracker, track
-from fedsim.trackers import check as check_tracker
-
-DisplayFor = Callable[[str, int, int], Display]  # (label, rounds, rounds done already)
-
-
-class Plan(NamedTuple):
-    """How long a simulation runs, and what is written down when."""
-
-    rounds: Count
-    name: str = "simulation"
-    seed: Natural = 0
-    evaluate_every: Natural = 1  # 0: never
-    evaluate_clients: Count | None = None  # None: all that have a test part
-    checkpoint_every: Count = 10
-    keep_checkpoints: Count | Literal["all"] = 2
-    min_replies: Natural = 1  # 0: a round in which nobody answers changes nothing
-    threads: Count = 1
-
-    @classmethod
-    def of(cls, experiment: Experiment) -> "Plan":
-        """The plan of an experiment."""
-        return cls(**{name: getattr(experiment, name) for name in cls._fields})
-
-
-class Job(NamedTuple):
-    """A simulation that may begin: all that can be checked beforehand has been."""
-
-    assembly: Assembly
-    plan: Plan
-    cohorts: dict[str, tuple[Engine, Sequence[int]]]  # who is evaluated, by the name of the part
-    tables: Mapping[str, Any]  # for the tracker
-    tracker: str | None = None
-
-
-class Result(NamedTuple):
-    """What a simulation gives back."""
-
-    metrics: list[Metrics]  # one a round
-    params: Params  # of the final model
-    path: Path  # the run's directory
-
-    def last(self, name: str) -> float:
-        """The latest value of a metric; KeyError if it was never measured."""
-        for line in reversed(self.metrics):
-            if name in line:
-                return line[name]
-        raise KeyError(f"{name!r} was never measured: there are {', '.join(sorted(set().union(*self.metrics)))}")
 
 
 def run(
@@ -100,8 +46,8 @@ def run(
     """
     asked, folder = read(experiment, changes)
     with threads(asked.threads):
-        job = _job(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
-        return _drive(job, _create(Path(root), job, asked.toml()), False, display)
+        job = prepare(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
+        return drive(job, _create(Path(root), job, asked.toml()), False, display)
 
 
 def resume(
@@ -120,8 +66,8 @@ def resume(
         raise ConfigError(f"{directory.path} was made of objects: go on with it by fedsim.simulate(..., resume=...)")
     asked, folder = read(experiment, () if rounds is None else (f"rounds={rounds}",))
     with threads(asked.threads):
-        job = _job(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
-        return _drive(job, directory, True, display, asked.toml())
+        job = prepare(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
+        return drive(job, directory, True, display, asked.toml())
 
 
 def simulate(
@@ -151,19 +97,17 @@ def simulate(
         resume: the directory of a run of the same objects, to go on with.
         display: what to show meanwhile; nothing if None.
     """
-    for name, hint in get_type_hints(Plan, include_extras=True).items():
-        check(f"plan.{name}", getattr(plan, name), hint)
     classes = len(federation.names["y"]) if "y" in federation.names else None
     actions = {"evaluate": Evaluate(model=model, num_classes=classes)} | dict(clients)
     engine = engine or auto(federation, actions, plan.seed)
     sample = sample or everyone(federation.num_clients)
     assembly = Assembly(federation, model, strategy, actions, sample, engine)
     told = {name: repr(value) for name, value in {"strategy": strategy, **clients}.items()}
-    tables = {name: value for name, value in plan._asdict().items() if value is not None} | {"objects": told}
+    tables = {name: value for name, value in asdict(plan).items() if value is not None} | {"objects": told}
     with threads(plan.threads):
-        job, written = _job(assembly, plan, tables), tomli_w.dumps(tables)
+        job, written = prepare(assembly, plan, tables), tomli_w.dumps(tables)
         directory = _create(Path(root), job, written) if resume is None else Run.open(Path(resume))
-        return _drive(job, directory, resume is not None, display, written)
+        return drive(job, directory, resume is not None, display, written)
 
 
 @contextmanager
@@ -175,12 +119,6 @@ def threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _job(assembly: Assembly, plan: Plan, tables: Mapping[str, Any], tracker: str | None = None) -> Job:
-    if tracker is not None:
-        check_tracker(tracker)
-    return Job(assembly, plan, _evaluated(assembly, plan), tables, tracker)
 
 
 def _create(root: Path, job: Job, experiment: str) -> Run:
@@ -195,105 +133,3 @@ def _create(root: Path, job: Job, experiment: str) -> Run:
         return Run.create(root, job.plan.name, job.plan.seed, experiment, told)
     except OSError as error:
         raise ConfigError(f"no directory can be made for the run in {root}: {error}") from error
-
-
-def _begin(job: Job, directory: Run, resuming: bool) -> Snapshot:
-    """The snapshot to go on from; what was written down after it is taken back."""
-    parts, plan = job.assembly, job.plan
-    snapshot = begin(parts.strategy, parts.model.params, parts.clients, parts.federation.num_clients, plan.seed)
-    if not resuming:
-        return snapshot
-    try:
-        if found := directory.checkpoints():
-            snapshot = directory.load(found[-1], snapshot)
-        if snapshot.round > plan.rounds:
-            raise ValueError(f"rounds = {plan.rounds}: must be at least {snapshot.round}, so many have been done")
-        directory.rewind(snapshot.round)
-        directory.prune(plan.keep_checkpoints)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return snapshot
-
-
-def _drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None, experiment: str = "") -> Result:
-    """Takes the rounds that are still to do, writes them down, and makes the report."""
-    parts, plan = job.assembly, job.plan
-    snapshot = _begin(job, directory, resuming)
-    if resuming:
-        directory.describe(experiment)
-    shown = display(plan.name, plan.rounds, snapshot.round) if display else Silent()
-    sent = closing(track(job.tracker, plan.name, directory.path, job.tables)) if job.tracker else nullcontext()
-    with parts.engine, shown as screen, sent as elsewhere:
-        try:
-            steps = rounds(parts.strategy, parts.engine, parts.sample, snapshot, plan.min_replies)
-            for step in islice(steps, plan.rounds - snapshot.round):
-                snapshot = step.snapshot
-                _note(step, job, directory, screen, elsewhere)
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, TooFewReplies):
-                directory.record_failures(error.round, error.failed)
-                directory.save(snapshot, plan.keep_checkpoints)
-            error.add_note(f"The run is in {directory.path}; it can be resumed.")
-            raise
-    write_report(directory.path)
-    return Result(directory.metrics(), parts.strategy.params(snapshot.state), directory.path)
-
-
-def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tracker | None) -> None:
-    """Evaluates if it is time, writes the round down, and then the checkpoint: what a checkpoint covers is on disk."""
-    plan, snapshot = job.plan, step.snapshot
-    number, last = snapshot.round, snapshot.round == plan.rounds
-    metrics: Metrics = {
-        "round": number,
-        "seconds": step.seconds,
-        "clients": step.answered,
-        "failed": len(step.failed),
-        "bytes_down": step.traffic.down,
-        "bytes_up": step.traffic.up,
-    } | step.metrics
-    directory.record_failures(number, step.failed)
-    if plan.evaluate_every and (number % plan.evaluate_every == 0 or last):
-        parts = {name: _evaluate(name, job, snapshot) for name in job.cohorts}
-        for name, part in parts.items():
-            metrics |= {f"{name}/{measure}": value for measure, value in part.pooled.items() if measure != "examples"}
-            directory.record_failures(number, {ident: f"evaluating: {why}" for ident, why in part.failed.items()})
-        if "clients" in parts:
-            metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
-        directory.save_evaluation(number, parts, job.assembly.federation.names.get("y", ()))
-    directory.record(metrics)
-    if number % plan.checkpoint_every == 0 or last:
-        directory.save(snapshot, plan.keep_checkpoints)
-    screen.show(metrics)
-    if elsewhere is not None:
-        elsewhere.log(metrics)
-
-
-def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequence[int]]]:
-    """What is evaluated: the common test set ("test") and the clients' own test parts ("clients"), where there are."""
-    if not plan.evaluate_every:
-        return {}
-    client = assembly.clients["evaluate"]
-    cohorts: dict[str, tuple[Engine, Sequence[int]]] = {}
-    if assembly.federation.test:
-        cohorts["test"] = (Sequential(assembly.federation.central(), {"evaluate": client}, plan.seed), [0])
-    ids = np.flatnonzero(assembly.federation.sizes(client.split))
-    if plan.evaluate_clients is not None and plan.evaluate_clients < len(ids):
-        ids = np.sort(rng(plan.seed, "evaluate").choice(ids, plan.evaluate_clients, replace=False))
-    if len(ids):
-        cohorts["clients"] = (assembly.engine, ids.tolist())
-    if not cohorts:
-        raise ConfigError(
-            f"{assembly.federation.name} has nothing to evaluate on, neither a common test set nor a {client.split} "
-            "part at its clients: set split.test (0.2, say), or evaluate_every = 0"
-        )
-    return cohorts
-
-
-def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:
-    engine, ids = job.cohorts[name]
-    shared = {"params": job.assembly.strategy.params(snapshot.state)}
-    personal = snapshot.personal.gather(ids) if name == "clients" else {}
-    found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round)
-    if len(found.failed) == len(ids):
-        raise RuntimeError(f"round {snapshot.round}: evaluation failed: {next(iter(found.failed.values()))}")
-    return found

@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich import live
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fedsim.task import Metrics
 
@@ -33,7 +35,7 @@ class Silent:
 
 
 class Live(Silent):
-    """A progress bar with the current metrics, clients per second and the time left."""
+    """A progress bar with the time left, and below it the latest metrics and clients per second."""
 
     def __init__(self, console: Console, label: str, rounds: int, done: int = 0) -> None:
         self.latest: Metrics = {}
@@ -42,23 +44,24 @@ class Live(Silent):
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}", markup=False),
             TimeRemainingColumn(),
-            console=console,
         )
-        self.bar = self.progress.add_task(label, total=rounds, completed=done, told="")
+        self.bar = self.progress.add_task(label, total=rounds, completed=done)
+        self.words = Text(no_wrap=True, overflow="ellipsis")
+        self.live = live.Live(Group(self.progress, self.words), console=console)
 
     def show(self, metrics: Metrics) -> None:
         """Moves the bar."""
         self.latest |= metrics
-        self.progress.update(self.bar, completed=int(metrics["round"]), told=told(self.latest))
+        self.words.plain = f"  {told(self.latest)}"
+        self.progress.update(self.bar, completed=int(metrics["round"]))
 
     def __enter__(self) -> Self:
-        self.progress.start()
+        self.live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.progress.stop()
+        self.live.stop()
 
 
 class Lines(Silent):

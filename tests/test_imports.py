@@ -30,6 +30,7 @@ ROOMS = (
     {"runs"},
     {"config"},
     {"environment", "progress", "trackers", "report"},
+    {"job"},
     {"launch", "apps", "doctor", "testing"},
     {"cli"},
     {"__init__", "__main__"},  # what fedsim shows to others, and `python -m fedsim`

@@ -1,0 +1,395 @@
+"""Experiments and simulations from beginning to end, and what comes of it when they go wrong."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clients.sgd import Sgd
+from fedsim.config import ConfigError, assemble, read
+from fedsim.engines.local import Sequential
+from fedsim.job import Plan, Result
+from fedsim.launch import resume, run, simulate
+from fedsim.model import Model
+from fedsim.runs import read_checkpoint, read_lines
+from fedsim.sampling import uniform
+from fedsim.simulation import TooFewReplies
+from fedsim.task import Metrics
+from strategies.fedavg import FedAvg
+
+Tables = dict[str, Any]
+# A local side that fails for one client while a file named "broken" lies beside it, and a server side that does.
+PLUGIN = """
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clients.sgd import Sgd
+from strategies.fedavg import FedAvg
+
+BROKEN = Path(__file__).with_name("broken")
+
+@dataclass(frozen=True)
+class Picky(Sgd):
+    least: int = 0
+
+    def prepare(self, examples, rng):
+        if BROKEN.exists() and int(examples["client"][0]) >= self.least:
+            raise OSError("the disk of this client is full")
+        return examples
+
+@dataclass(frozen=True)
+class Failing(FedAvg):
+    def aggregate(self, state, task, replies):
+        if BROKEN.exists() and task.round == 3:
+            raise ValueError("the server stumbled")
+        return super().aggregate(state, task, replies)
+
+@dataclass(frozen=True)
+class Measuring(FedAvg):
+    def aggregate(self, state, task, replies):
+        state, _ = super().aggregate(state, task, replies)
+        return state, {"tensor": torch.tensor(0.5), "nan": float("nan")}
+"""
+
+
+def tables(**others: Any) -> Tables:
+    return {
+        "name": "small",
+        "seed": 2,
+        "rounds": 4,
+        "evaluate_every": 0,
+        "checkpoint_every": 2,
+        "data": {"use": "fedsim.data.datasets:gaussian_task", "examples": 90},
+        "partition": {"use": "fedsim.data.partition:by_column", "column": "client"},
+        "split": {"use": "fedsim.data.federation:divide", "test": 0.2},
+        "model": {"use": "plugin.py:model"},
+        "strategy": {"use": "strategies.fedavg:FedAvg"},
+        "clients": {"train": {"use": "clients.sgd:Sgd", "lr": 0.1, "batch_size": 16}},
+        "engine": {"use": "fedsim.engines.local:Sequential"},
+    } | others
+
+
+MODEL = """
+from torch import nn
+from fedsim.model import Model
+
+def model():
+    module = nn.Linear(2, 3)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return Model(module)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with plug-ins in it."""
+    (tmp_path / "plugin.py").write_text(PLUGIN + MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def picky(least: int) -> Tables:
+    return {"train": {"use": "plugin.py:Picky", "lr": 0.1, "batch_size": 16, "least": least}}
+
+
+def quiet(metrics: list[Metrics]) -> list[Metrics]:
+    """What was measured, but for the clock."""
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in metrics]
+
+
+def final(result: Result) -> bytes:
+    return sorted((result.path / "checkpoints").iterdir())[-1].read_bytes()
+
+
+def test_a_run_gives_its_metrics_the_model_and_its_directory(folder):
+    result = run(tables(evaluate_every=2))
+    assert result.path.parent == Path("runs/small")
+    assert [line["round"] for line in result.metrics] == [1, 2, 3, 4]
+    assert {name: leaf.shape for name, leaf in result.params.items()} == {"weight": (3, 2), "bias": (3,)}
+    assert (result.path / "report" / "index.html").is_file()
+    flat, number = read_checkpoint(result.path / "checkpoints" / "round-000004.safetensors")
+    assert number == 4
+    assert all(torch.equal(flat[f"state/params/{name}"], leaf) for name, leaf in result.params.items())
+
+
+def test_the_environment_of_a_run_is_written_down(folder):
+    told = json.loads((run(tables(rounds=1)).path / "environment.json").read_text())
+    assert (told["engine"], told["num_clients"], told["parameters"]) == ("Sequential()", 3, 2 * 3 + 3)
+    assert told["torch"] == torch.__version__.split("+")[0] or told["torch"] == torch.__version__
+
+
+def test_evaluations_come_when_they_should_and_after_the_last_round(folder):
+    result = run(tables(rounds=5, evaluate_every=2))
+    assert [line["round"] for line in result.metrics if "clients/loss" in line] == [2, 4, 5]
+    assert not any("clients/loss" in line for line in run(tables()).metrics)
+
+
+def test_some_clients_may_evaluate_for_all_and_are_always_the_same(folder):
+    lines = [
+        (result.path / "clients.csv").read_text().splitlines()
+        for result in (run(tables(evaluate_every=1, evaluate_clients=2, rounds=rounds)) for rounds in (1, 2))
+    ]
+    assert [len(table) for table in lines] == [3, 3]
+    assert [line.split(",")[0] for line in lines[0]] == [line.split(",")[0] for line in lines[1]]
+
+
+def test_training_learns_something(folder):
+    result = run(tables(rounds=15, evaluate_every=1))
+    losses = [line["clients/loss"] for line in result.metrics]
+    assert result.last("clients/loss") == losses[-1] < losses[0]
+    assert result.last("train/loss") < result.metrics[0]["train/loss"]
+
+
+def test_the_latest_value_of_a_metric_is_asked_for_by_name():
+    result = Result([{"round": 1, "a": 1.0}, {"round": 2, "a": 2.0, "b": 5.0}, {"round": 3, "c": 1.0}], {}, Path())
+    assert (result.last("a"), result.last("b"), result.last("round")) == (2.0, 5.0, 3)
+    with pytest.raises(KeyError, match="'d' was never measured: there are a, b, c, round"):
+        result.last("d")
+    with pytest.raises(KeyError, match="'d' was never measured"):
+        Result([], {}, Path()).last("d")
+
+
+def test_a_strategy_may_measure_with_tensors_and_what_is_not_a_number(folder):
+    result = run(tables(rounds=1, strategy={"use": "plugin.py:Measuring"}))
+    assert result.last("tensor") == 0.5
+    assert result.last("nan") != result.last("nan")
+
+
+def test_a_run_asks_for_no_more_than_what_is_changed(folder):
+    assert len(run(tables(), changes=["rounds=1", "seed=5"]).metrics) == 1
+
+
+def test_the_resolved_experiment_runs_to_the_same_bits(folder, tmp_path, monkeypatch):
+    first = run(tables(clients=picky(0)))
+    (tmp_path / "elsewhere").mkdir()
+    path = first.path.resolve()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = run(path / "experiment.toml")
+    assert (again.path / "experiment.toml").read_bytes() == (path / "experiment.toml").read_bytes()
+    assert quiet(again.metrics) == quiet(first.metrics)
+    assert final(again) == final(Result([], {}, path))
+    other = run(path / "experiment.toml", changes=["seed=3"])
+    assert final(other) != final(again)
+
+
+def test_the_number_of_threads_is_as_before_even_after_a_failure(folder):
+    before = torch.get_num_threads()
+    seen = []
+
+    class Watching:
+        def show(self, metrics: Metrics) -> None:
+            seen.append(torch.get_num_threads())
+            if len(seen) > 1:
+                raise RuntimeError("seen enough")
+
+        def __enter__(self) -> "Watching":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    with pytest.raises(RuntimeError, match="seen enough"):
+        run(tables(threads=before + 1), display=lambda *_: Watching())
+    assert seen == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
+def test_a_run_prints_and_logs_nothing_by_itself(folder, capfd, caplog):
+    with caplog.at_level(logging.INFO):
+        run(tables(evaluate_every=1))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("engine", ["Sequential", "Vectorised"])
+def test_a_client_that_raises_costs_that_client_and_is_told(folder, engine):
+    (folder / "broken").touch()
+    result = run(tables(clients=picky(2), engine={"use": f"fedsim.engines.local:{engine}"}))
+    failures = read_lines(result.path / "failures.jsonl")
+    assert [(line["round"], line["client"]) for line in failures] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+    assert all(line["reason"].endswith("OSError: the disk of this client is full") for line in failures)
+    assert [(line["clients"], line["failed"]) for line in result.metrics] == [(2, 1)] * 4
+
+
+def test_too_few_replies_end_a_run_that_can_be_resumed_when_the_cause_is_gone(folder):
+    sound = run(tables(clients=picky(1), min_replies=2), root="sound")
+    with pytest.raises(TooFewReplies, match="round 1: 1 of 3 clients answered, min_replies is 2.*disk of this client"):
+        (folder / "broken").touch()
+        run(tables(clients=picky(1), min_replies=2))
+    (path,) = (folder / "runs" / "small").iterdir()
+    assert [(line["round"], line["client"]) for line in read_lines(path / "failures.jsonl")] == [(1, 1), (1, 2)]
+    assert [file.name for file in (path / "checkpoints").iterdir()] == ["round-000000.safetensors"]
+    with pytest.raises(TooFewReplies):
+        resume(path)
+    (folder / "broken").unlink()
+    result = resume(path)
+    assert quiet(result.metrics) == quiet(sound.metrics)
+    assert final(result) == final(sound)
+    assert read_lines(path / "failures.jsonl") == []
+
+
+def test_a_strategy_that_raises_ends_the_run_where_a_checkpoint_is_and_says_which_run(folder):
+    sound = run(tables(strategy={"use": "plugin.py:Failing"}), root="sound")
+    (folder / "broken").touch()
+    with pytest.raises(ValueError, match="the server stumbled") as caught:
+        run(tables(strategy={"use": "plugin.py:Failing"}))
+    assert not isinstance(caught.value, ConfigError)
+    (path,) = (Path("runs") / "small").iterdir()
+    assert caught.value.__notes__ == [f"The run is in {path}; it can be resumed."]
+    (folder / "broken").unlink()
+    assert final(resume(path)) == final(sound)
+
+
+def test_an_evaluation_in_which_nobody_answers_ends_the_run(folder):
+    (folder / "broken").touch()
+    failing = tables(evaluate_every=1, clients=tables()["clients"] | {"evaluate": {"use": "evaluating.py:Failing"}})
+    (folder / "evaluating.py").write_text(
+        "from fedsim.evaluation import Evaluate\n"
+        "class Failing(Evaluate):\n"
+        "    def prepare(self, examples, rng):\n"
+        "        raise ValueError('cannot tell')\n"
+    )
+    with pytest.raises(RuntimeError, match=r"round 1: evaluation failed: (.|\n)*cannot tell"):
+        run(failing)
+
+
+def test_a_run_may_go_on_for_longer_than_was_asked_at_first(folder):
+    straight = run(tables(rounds=6), root="straight")
+    short = run(tables(rounds=3))
+    longer = resume(short.path, rounds=6)
+    assert quiet(longer.metrics) == quiet(straight.metrics)
+    assert final(longer) == final(straight)
+    assert read(longer.path / "experiment.toml")[0].rounds == 6
+
+
+def test_a_run_cannot_be_resumed_for_fewer_rounds_than_it_has_had(folder):
+    path = run(tables()).path
+    before = {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    with pytest.raises(ConfigError, match="rounds = 3: must be at least 4, so many have been done"):
+        resume(path, rounds=3)
+    assert before == {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+def test_a_damaged_checkpoint_is_told_and_without_it_the_run_goes_on_from_the_one_before(folder):
+    result = run(tables())
+    whole = final(result)
+    path = sorted((result.path / "checkpoints").iterdir())[-1]
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match="round-000004.safetensors is damaged: .*remove it to go on from the one"):
+        resume(result.path)
+    path.unlink()
+    assert final(resume(result.path)) == whole
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_leaves_that_differ(folder):
+    result = run(tables())
+    text = (result.path / "experiment.toml").read_text()
+    start = text.index("[model]")
+    end = text.index("[", start + 1)
+    (result.path / "experiment.toml").write_text(f'{text[:start]}[model]\nuse = "other.py:model"\n\n{text[end:]}')
+    (result.path / "other.py").write_text(MODEL.replace("nn.Linear(2, 3)", "nn.Linear(2, 3, bias=False)"))
+    with pytest.raises(ConfigError, match="round-000004.safetensors does not fit: surplus params/bias"):
+        resume(result.path)
+
+
+def test_damaged_metrics_are_told(folder):
+    result = run(tables())
+    file = result.path / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"round": 2', '"rou'))
+    with pytest.raises(ConfigError, match="metrics.jsonl, line 2 is damaged"):
+        resume(result.path)
+
+
+def test_where_there_is_no_run_there_is_nothing_to_resume(folder):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a run"):
+        resume("nowhere")
+
+
+def test_a_run_that_cannot_begin_leaves_no_directory(folder):
+    nothing = {"use": "fedsim.data.federation:divide"}
+    for wrong, told in (
+        (tables(split=nothing, evaluate_every=1), "has nothing to evaluate on"),
+        (tables(strategy={"use": "strategies.fedavg:FedAvg", "lr": -1}), "must be float > 0"),
+        (tables(clients={"retrain": tables()["clients"]["train"]}), "clients.train is missing"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run(wrong)
+    assert not (folder / "runs").exists()
+
+
+def test_a_folder_in_which_no_directory_can_be_made_is_told(folder):
+    (folder / "file").touch()
+    with pytest.raises(ConfigError, match="no directory can be made for the run in file"):
+        run(tables(), root="file")
+
+
+def objects(**others: Any) -> dict[str, Any]:
+    """A simulation made of objects."""
+    federation = assemble(*read(tables())).federation
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Model(nn.Linear(2, 3))
+    return {
+        "federation": federation,
+        "model": model,
+        "strategy": FedAvg(),
+        "clients": {"train": Sgd(model=model, lr=0.1)},
+        "plan": Plan(rounds=4, name="objects", checkpoint_every=2, evaluate_every=0),
+        "sample": uniform(federation.num_clients, 1, count=2),
+    } | others
+
+
+def test_objects_are_simulated_as_tables_are(folder):
+    by_tables = run(tables())
+    assembly = assemble(*read(tables()))
+    by_objects = simulate(
+        federation=assembly.federation,
+        model=assembly.model,
+        strategy=assembly.strategy,
+        clients={"train": assembly.clients["train"]},
+        plan=Plan(rounds=4, seed=2, evaluate_every=0),
+        engine=Sequential(assembly.federation, {"train": assembly.clients["train"]}, 2),
+    )
+    assert quiet(by_objects.metrics) == quiet(by_tables.metrics)
+    assert final(by_objects) == final(by_tables)
+    assert by_objects.path.parent == Path("runs/simulation")
+
+
+def test_a_simulation_of_objects_is_evaluated_and_described(folder):
+    result = simulate(**objects(plan=Plan(rounds=2)))
+    assert result.last("clients/loss") >= 0
+    text = (result.path / "experiment.toml").read_text()
+    assert "rounds = 2" in text
+    assert "FedAvg(lr=1.0)" in text
+
+
+def test_a_simulation_of_objects_is_resumed_with_the_same_objects(folder):
+    straight = simulate(**objects())
+    short = simulate(**objects(plan=replace(objects()["plan"], rounds=2)))
+    longer = simulate(**objects(resume=short.path))
+    assert longer.path == short.path
+    assert quiet(longer.metrics) == quiet(straight.metrics)
+    assert final(longer) == final(straight)
+    assert "rounds = 4" in (longer.path / "experiment.toml").read_text()
+
+
+def test_a_simulation_of_objects_cannot_be_resumed_without_them(folder):
+    result = simulate(**objects())
+    with pytest.raises(ConfigError, match=r"was made of objects: go on with it by fedsim.simulate\(..., resume=...\)"):
+        resume(result.path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rounds": 0}, {"seed": -1}, {"checkpoint_every": 0}, {"evaluate_every": -1}, {"keep_checkpoints": 0}]
+)
+def test_a_plan_out_of_range_is_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^{name} must be >= \d, got {value}$"):
+        Plan(**{"rounds": 4} | wrong)
