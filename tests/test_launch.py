@@ -235,6 +235,13 @@ def test_too_few_replies_end_a_run_that_can_be_resumed_when_the_cause_is_gone(fo
     assert read_lines(path / "failures.jsonl") == []
 
 
+def test_rounds_that_nobody_answers_change_nothing_where_that_is_allowed(folder):
+    (folder / "broken").touch()
+    result = run(tables(rounds=2, clients=picky(0), min_replies=0))
+    assert [(line["clients"], line["failed"]) for line in result.metrics] == [(0, 3)] * 2
+    assert not any(leaf.any() for leaf in result.params.values())
+
+
 def test_a_strategy_that_raises_ends_the_run_where_a_checkpoint_is_and_says_which_run(folder):
     sound = run(tables(strategy={"use": "plugin.py:Failing"}), root="sound")
     (folder / "broken").touch()
