@@ -85,6 +85,10 @@ class Personal:
         if "ids" not in flat:
             return
         ids = flat["ids"].tolist()
+        if max(ids) >= len(self._slot):
+            raise ValueError(
+                f"what clients keep is there for client {max(ids)}, but there are {len(self._slot)} clients"
+            )
         rows = {name.removeprefix("rows/"): leaf for name, leaf in flat.items() if name != "ids"}
         self.scatter(ids, tree.restore(rows, self.gather(ids), "what clients keep"))
 

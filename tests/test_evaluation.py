@@ -109,8 +109,8 @@ def test_any_part_of_the_examples_can_be_evaluated(split):
 
 
 def test_a_part_of_another_name_fails_with_those_that_there_are():
-    with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'tests'"):
-        found(linear(), federation(), "all at once", part="tests")
+    with pytest.raises(ValueError, match="part must be one of 'train', 'validation', 'test', got 'tests'"):
+        Evaluate(model=linear(), part="tests")
 
 
 def test_the_cohort_alone_is_evaluated():

@@ -232,3 +232,10 @@ def test_an_answer_that_does_not_fit_is_refused_and_changes_nothing(change, comp
         kept.scatter([4, 9], rows([4, 9], 200) | change)
     assert_equal(kept.flat(), before)
     assert_same(tree.take(kept.gather([9]), 0), kept.first(9))
+
+
+def test_what_is_kept_for_a_client_that_does_not_exist_is_refused():
+    kept = Personal({"train": Keeper()}, 5, 0)
+    kept.scatter([4], kept.gather([4]))
+    with pytest.raises(ValueError, match="client 4 keeps something, but the ids go from 0 to 3"):
+        Personal({"train": Keeper()}, 4, 0).load(kept.flat())

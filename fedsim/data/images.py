@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fedsim.data.dataset import Dataset
@@ -31,6 +30,8 @@ def digits(test: Annotated[float, Interval(ge=0, lt=1)] = 0.2, seed: Natural = 0
         test: the share of each class that goes to the common test set.
         seed: which examples those are.
     """
+    from sklearn.datasets import load_digits  # here, because it takes longer to import than all of fedsim
+
     bunch = load_digits()
     images, labels = bunch.images.astype(np.float32) / 16, bunch.target.astype(np.int64)
     mixed = rng(seed, "digits").permutation(len(labels))
