@@ -86,9 +86,7 @@ class Personal:
             return
         ids = flat["ids"].tolist()
         if max(ids) >= len(self._slot):
-            raise ValueError(
-                f"what clients keep is there for client {max(ids)}, but there are {len(self._slot)} clients"
-            )
+            raise ValueError(f"client {max(ids)} keeps something, but the ids go from 0 to {len(self._slot) - 1}")
         rows = {name.removeprefix("rows/"): leaf for name, leaf in flat.items() if name != "ids"}
         self.scatter(ids, tree.restore(rows, self.gather(ids), "what clients keep"))
 
