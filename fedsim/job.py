@@ -175,8 +175,8 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
 
 def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:
     engine, ids = job.cohorts[name]
-    shared = {"params": job.assembly.strategy.params(snapshot.state)}
-    personal = snapshot.personal.gather(ids) if name == "clients" else {}
+    shared = job.assembly.strategy.shared(snapshot.state)
+    personal = snapshot.personal.gather(ids) if name == "clients" else snapshot.personal.newcomer()
     found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round)
     if len(found.failed) == len(ids):
         raise RuntimeError(f"round {snapshot.round}: evaluation failed: {next(iter(found.failed.values()))}")

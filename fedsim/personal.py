@@ -31,6 +31,10 @@ class Personal:
             kept = maker.personal(generator(self._seed, "personal", number, client)) | kept
         return kept
 
+    def newcomer(self) -> Tree:
+        """What somebody who is none of the N clients would have, leaves (1, ...)."""
+        return tree.stack([self.first(len(self._slot))]) if self._makers else {}
+
     def gather(self, ids: Sequence[int]) -> Tree:
         """What these clients keep, leaves (C, ...)."""
         if not self._makers or not len(ids):

@@ -35,3 +35,7 @@ class Strategy(ABC):
     def params(self, state: Tree) -> Params:
         """The model to evaluate and to hand out."""
         return cast(Params, state["params"])
+
+    def shared(self, state: Tree) -> Tree:
+        """What the clients that evaluate receive; more than the model where a method decides with more than that."""
+        return {"params": self.params(state)}

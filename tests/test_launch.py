@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from clients.sgd import Sgd
+from fedsim.client import Client
 from fedsim.config import ConfigError, assemble, read
 from fedsim.engines.local import Sequential
 from fedsim.job import Plan, Result
@@ -19,7 +20,7 @@ from fedsim.model import Model
 from fedsim.runs import read_checkpoint, read_lines
 from fedsim.sampling import uniform
 from fedsim.simulation import TooFewReplies
-from fedsim.task import Metrics
+from fedsim.task import Metrics, Reply
 from strategies.fedavg import FedAvg
 
 Tables = dict[str, Any]
@@ -400,3 +401,58 @@ def test_a_plan_out_of_range_is_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=rf"^{name} must be >= \d, got {value}$"):
         Plan(**{"rounds": 4} | wrong)
+
+
+@dataclass(frozen=True)
+class Shifted(Client):
+    """Keeps a shift of its own, learnt as the mean of its labels, and never sends it."""
+
+    def personal(self, rng):
+        return {"shift": torch.zeros(())}
+
+    def start(self, shared, personal, data):
+        return {"shift": personal["shift"]}
+
+    def step(self, state, batch):
+        return {"shift": torch.where(batch["mask"], batch["y"].double(), 0.0).sum().float()}
+
+    def finish(self, shared, state, data):
+        return Reply({"params": shared["params"]}, data["mask"].sum().float(), personal=state)
+
+
+@dataclass(frozen=True)
+class CountsShift(Shifted):
+    """Reports the shift that it finds, and what the strategy offers besides the model."""
+
+    @property
+    def split(self):
+        return "test"
+
+    def finish(self, shared, state, data):
+        examples = data["mask"].sum()
+        return Reply({}, examples.float(), metrics={"examples": examples, "offered": shared["offer"] * examples})
+
+    def step(self, state, batch):
+        return state
+
+
+@dataclass(frozen=True)
+class Offers(FedAvg):
+    """Offers a number besides the model to those who evaluate."""
+
+    def shared(self, state):
+        return {"params": state["params"], "offer": torch.tensor(7.0)}
+
+
+def test_evaluation_gets_what_the_strategy_offers_and_what_clients_keep_even_on_the_common_test_set(folder):
+    federation = objects()["federation"]
+    common = {name: column[:5] for name, column in federation.columns.items()}
+    result = simulate(
+        **objects(
+            federation=replace(federation, test=common),
+            strategy=Offers(),
+            clients={"train": Shifted(), "evaluate": CountsShift()},
+            plan=Plan(rounds=2, name="offers"),
+        )
+    )
+    assert result.last("test/offered") == 7 and result.last("clients/offered") == 7
