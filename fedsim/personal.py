@@ -18,7 +18,8 @@ class Personal:
     """
 
     def __init__(self, clients: Mapping[str, Client], num_clients: int, seed: int) -> None:
-        self._makers = [client for client in clients.values() if type(client).personal is not Client.personal]
+        makers = sorted(clients.items(), key=lambda item: item[0])
+        self._makers = [client for _, client in makers if type(client).personal is not Client.personal]
         self._seed = seed
         self._slot = torch.full((num_clients,), -1)  # (N,) row of each client, -1: not seen
         self._rows: Tree = {}  # leaves (capacity, ...)
@@ -27,8 +28,14 @@ class Personal:
     def first(self, client: int) -> Tree:
         """What a client has before its first round: what each of the experiment's clients wants kept."""
         kept: Tree = {}
-        for number, maker in enumerate(self._makers):
-            kept = maker.personal(generator(self._seed, "personal", number, client)) | kept
+        for maker in self._makers:
+            # The path names the function, so that clients that share it draw the same, whatever their actions' names.
+            function = type(maker).personal.__qualname__
+            made = maker.personal(generator(self._seed, "personal", function, client))
+            for name in made.keys() & kept.keys():
+                if not _equal({name: made[name]}, {name: kept[name]}):
+                    raise ValueError(f"two clients of the experiment keep {name!r}, and do not begin it with the same")
+            kept = made | kept
         return kept
 
     def newcomer(self) -> Tree:
@@ -93,6 +100,11 @@ class Personal:
             raise ValueError(f"client {max(ids)} keeps something, but the ids go from 0 to {len(self._slot) - 1}")
         rows = {name.removeprefix("rows/"): leaf for name, leaf in flat.items() if name != "ids"}
         self.scatter(ids, tree.restore(rows, self.gather(ids), "what clients keep"))
+
+
+def _equal(one: Tree, other: Tree) -> bool:
+    flat = tree.flatten(one), tree.flatten(other)
+    return flat[0].keys() == flat[1].keys() and all(torch.equal(leaf, flat[1][name]) for name, leaf in flat[0].items())
 
 
 def _same_kind(before: Tensor, new: Tensor) -> None:

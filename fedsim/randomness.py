@@ -5,6 +5,8 @@ on every engine, and the order in which clients run does not matter.
 """
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,28 @@ def generator(*path: int | str) -> torch.Generator:
     """A fresh torch generator, on the CPU, for this path."""
     state = _seed(path).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+@contextmanager
+def seeding(*path: int | str) -> Iterator[None]:
+    """Inside, torch's and numpy's global generators are seeded by the path; afterwards they are as before.
+
+    For code that draws from them whether one likes it or not: a module's first parameters, dropout, somebody's plug-in.
+    """
+    before = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            reseed(*path)
+            yield
+        finally:
+            np.random.set_state(before)
+
+
+def reseed(*path: int | str) -> None:
+    """Seeds torch's and numpy's global generators by the path; only for use inside `seeding`."""
+    seed = int(keys(*path)[0])
+    torch.default_generator.manual_seed(seed >> 1)
+    np.random.seed(seed % 2**32)
 
 
 def _scramble(bits: Any) -> Any:

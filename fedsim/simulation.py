@@ -10,7 +10,7 @@ from fedsim.engines.engine import Engine
 from fedsim.personal import Personal
 from fedsim.sampling import Draw, Sampler
 from fedsim.strategy import Strategy
-from fedsim.task import Cohort, Metrics, Params, Replies, Traffic
+from fedsim.task import Cohort, Metrics, Params, Replies, Task, Traffic
 from fedsim.tree import Tree
 
 
@@ -72,7 +72,7 @@ def rounds(
         asked = len(draw.ids) + len(draw.dropped)
         if len(replies.ids) < min_replies:
             raise TooFewReplies(number, asked, len(replies.ids), min_replies, failed)
-        state, metrics = strategy.aggregate(state, task, replies) if replies.ids else (state, {})
+        state, metrics = step(strategy, state, task, replies) if replies.ids else (state, {})
         personal.scatter(replies.ids, replies.personal)
         lost = len(draw.dropped) * tree.count_bytes(tree.leaves(task.shared))
         yield Round(
@@ -83,6 +83,22 @@ def rounds(
             Traffic(replies.traffic.down + lost, replies.traffic.up),
             time.perf_counter() - start,
         )
+
+
+def step(strategy: Strategy, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
+    """What the strategy makes of the replies.
+
+    Raises:
+        ValueError: the new state has other names or shapes than the old one, so no checkpoint of it could be read.
+    """
+    try:
+        after, metrics = strategy.aggregate(state, task, replies)
+    except Exception as error:
+        sent = ", ".join(name for name, _ in tree.items(replies.update))
+        error.add_note(f"{type(strategy).__name__} was to aggregate {sent}, with reduce = {task.reduce!r}.")
+        raise
+    tree.restore(tree.flatten(after), state, f"the state that {type(strategy).__name__} made in round {task.round}")
+    return after, metrics
 
 
 def averages(action: str, replies: Replies) -> Metrics:

@@ -110,7 +110,10 @@ def _all_in(federation: Federation, split: str) -> NDArray[np.int64]:
 def _execute(engine: Engine, client: Client, shared: Tree, ids: Sequence[int], seed: int) -> Replies:
     personal = Personal({"check": client}, max(ids) + 1, seed).gather(ids)
     kept = copy.deepcopy(tree.flatten(personal))
-    replies = engine.execute(Task("check", shared, round=1), Cohort(list(ids), personal))
+    try:
+        replies = engine.execute(Task("check", shared, round=1), Cohort(list(ids), personal))
+    except TypeError as error:  # it changes something in place, or cannot be vectorised
+        raise AssertionError(str(error)) from error
     assert not replies.failed, f"client {min(replies.failed)} failed: {replies.failed[min(replies.failed)]}"
     _equal(kept, tree.flatten(personal), "the client changed what it kept, instead of answering with it")
     return replies

@@ -137,12 +137,20 @@ def test_memory_grows_with_the_clients_seen_not_with_all_of_them():
     assert sum(leaf.numel() for name, leaf in flat.items() if name.startswith("rows/")) == 10 * (2 + 1 + 1)
 
 
-def test_several_clients_keep_side_by_side_and_the_first_to_name_a_key_decides():
-    kept = store(train=Keeper(), idle=Forgetful(), tune=Keeper(key="tuned", width=3))
-    first = kept.first(4)
-    assert list(tree.flatten(first)) == ["tuned/vector", "tuned/count", "shared", "own/vector", "own/count"]
-    assert float(first["shared"]) == 2 and first["tuned"]["vector"].shape == (3,)
+def test_several_clients_keep_side_by_side_whatever_the_order_of_their_actions():
+    one = store(train=Keeper(), idle=Forgetful(), tune=Keeper(key="tuned"))
+    first = one.first(4)
+    assert sorted(tree.flatten(first)) == ["own/count", "own/vector", "shared", "tuned/count", "tuned/vector"]
     assert_same({"own": first["own"]}, {"own": store().first(4)["own"]})
+    other = store(tune=Keeper(key="tuned"), train=Keeper()).first(4)
+    assert all(torch.equal(leaf, tree.flatten(other)[name]) for name, leaf in tree.flatten(first).items())
+
+
+def test_two_clients_that_begin_the_same_thing_differently_are_refused():
+    with pytest.raises(
+        ValueError, match="two clients of the experiment keep 'shared', and do not begin it with the same"
+    ):
+        store(train=Keeper(), tune=Keeper(key="tuned", width=3)).first(4)
 
 
 def test_where_nobody_keeps_anything_there_is_nothing():

@@ -178,3 +178,24 @@ def test_metrics_are_averaged_by_weight_and_named_after_the_action():
     replies = Replies([0, 1], torch.tensor([1.0, 3.0]), {}, metrics={"loss": torch.tensor([2.0, 6.0])})
     assert averages("train", replies) == {"train/loss": (1 * 2 + 3 * 6) / 4}
     assert averages("train", replies._replace(weight=torch.zeros(2))) == {}
+
+
+class Squeezes(FedAvg):
+    def aggregate(self, state, task, replies):
+        return tree.map(lambda leaf: leaf.sum(), state), {}
+
+
+class Expects(FedAvg):
+    def aggregate(self, state, task, replies):
+        return {"params": replies.update["control"]}, {}
+
+
+def test_a_state_that_changes_its_shape_ends_the_run_by_name(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1)}
+    engine = Sequential(federation, clients)
+    with pytest.raises(ValueError, match=r"the state that Squeezes made in round 1 does not fit: params/.* has shape"):
+        next(rounds(Squeezes(), engine, everyone(6), begin(Squeezes(), model.params, clients, 6)))
+    with pytest.raises(KeyError) as caught:
+        next(rounds(Expects(), engine, everyone(6), begin(Expects(), model.params, clients, 6)))
+    assert "Expects was to aggregate params/" in caught.value.__notes__[0]

@@ -2,8 +2,7 @@
 
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.randomness import generator
-from fedsim.task import Cohort, Reduce, Replies, Reply, Task, Traffic
+from fedsim.task import Batch, Cohort, Reduce, Replies, Reply, Task, Traffic
 from fedsim.tree import Rows, Tree
 
 
@@ -41,17 +39,6 @@ def client_for(task: Task, clients: Mapping[str, Client]) -> Client:
     if task.action not in clients:
         raise ValueError(f"no client is bound to the action {task.action!r}: there are {', '.join(clients) or 'none'}")
     return clients[task.action]
-
-
-@contextmanager
-def drawing(client: Client, *path: int | str) -> Iterator[None]:
-    """Inside, torch's generator is seeded by the path if the client draws from it; afterwards it is as before."""
-    if not client.stochastic:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator(*path).initial_seed())
-        yield
 
 
 def finite(replies: Reply) -> Tensor:
@@ -95,32 +82,49 @@ class Fold:
 class Gathering:
     """The replies of a cohort, taken in block by block, in an order that does not depend on the machine."""
 
-    def __init__(self, task: Task, cohort: Cohort) -> None:
+    def __init__(self, client: Client, task: Task, cohort: Cohort, columns: Batch) -> None:
         if task.reduce not in get_args(Reduce):
             raise ValueError(f"task.reduce must be one of {', '.join(get_args(Reduce))}, got {task.reduce!r}")
         if len(set(cohort.ids)) < len(cohort.ids):
             raise ValueError(f"a client takes part once in a round, got the ids {list(cohort.ids)}")
-        self.task, self.cohort = task, cohort
+        self.client, self.task, self.cohort = client, task, cohort
         self.ids: list[int] = []
         self.parts: list[Reply] = []
         self.failed: dict[int, str] = {}
         self.up = 0
         self.fold = None if task.reduce == "stack" else Fold(task.reduce)
+        self.form: dict[str, tuple[int, ...]] = {}  # name and shape of all that the first one answered
+        self.first = -1
+        given = {"shared": task.shared, "personal": cohort.personal, "examples": columns}
+        self.given = [(name, leaf, leaf._version) for name, leaf in tree.flatten(given).items()]
 
     def fail(self, client: int, error: BaseException) -> None:
         """Notes that a client raised, with its traceback."""
+        self._check_given()
+        if isinstance(error, KeyError):
+            error.add_note(f"It was sent {', '.join(name for name, _ in tree.items(self.task.shared)) or 'nothing'}.")
         self.failed[client] = "".join(traceback.format_exception(error)).strip()
 
-    def add(self, ids: list[int], replies: Reply) -> None:
-        """Takes in the stacked replies of some clients, leaves (C, ...); refuses those with NaN or infinity."""
+    def add(self, ids: Sequence[int], replies: Reply) -> None:
+        """Takes in the stacked replies of some clients, leaves (C, ...); refuses those that are wrong."""
+        self._check_given()
         sent = {"update": replies.update, "weight": replies.weight, "metrics": replies.metrics}
+        form = {name: tuple(leaf.shape[1:]) for name, leaf in tree.flatten(sent).items() if "@" not in name}
+        if not self.form:
+            self.form, self.first = form, ids[0]
+        if form != self.form:
+            odd = sorted(name for name in form.keys() | self.form.keys() if form.get(name) != self.form.get(name))
+            told = "; ".join(
+                f"{name} is {form.get(name, 'missing')}, not {self.form.get(name, 'there')}" for name in odd
+            )
+            self.failed |= dict.fromkeys(ids, f"it answered in another form than client {self.first}: {told}")
+            return
         self.up += tree.count_bytes(tree.leaves(sent))
         good = finite(replies)
         if not good.all():
-            for client, fine in zip(ids, good.tolist(), strict=True):
-                if not fine:
-                    self.failed[client] = "its update holds NaN or infinity"
-            ids = [client for client, fine in zip(ids, good.tolist(), strict=True) if fine]
+            bad = [client for client, fine in zip(ids, good.tolist(), strict=True) if not fine]
+            self.failed |= dict.fromkeys(bad, "its update holds NaN or infinity")
+            ids = [client for client in ids if client not in bad]
             if not ids:
                 return
             replies = Reply(**tree.take(replies._asdict(), good))
@@ -129,6 +133,15 @@ class Gathering:
             self.fold.add(replies.update, replies.weight)
             replies = replies._replace(update={})
         self.parts.append(replies)
+
+    def _check_given(self) -> None:
+        """Raises where a client has changed in place what others are given too: from there on, all would be wrong."""
+        for name, leaf, version in self.given:
+            if leaf._version != version:
+                raise TypeError(
+                    f"{type(self.client).__name__} changes {name} in place, which other clients are given too: "
+                    "it must make a new tensor (fedsim.testing.check_client finds such mistakes)"
+                )
 
     def replies(self) -> Replies:
         """All of them, in the cohort's order."""

@@ -1,17 +1,18 @@
 """The engines of this process: clients one by one, clients all at once, and the rule that picks one of the two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation, schedule
-from fedsim.engines.engine import Engine, Gathering, client_for, drawing
-from fedsim.randomness import generator
+from fedsim.engines.engine import Engine, Gathering, client_for
+from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
 from fedsim.task import Batch, Cohort, Replies, Reply, Task
 from fedsim.tree import Tree
@@ -29,6 +30,23 @@ def prepare(client: Client, federation: Federation, task: Task, seed: int, ident
     if type(client).prepare is Client.prepare:
         return examples
     return client.prepare(examples, generator(seed, "prepare", task.round, ident))
+
+
+def alone(client: Client, task: Task, personal: Tree, data: Batch, seed: int, ident: int) -> Reply:
+    """What one client answers without vmap, leaves (1, ...)."""
+    sizes = np.array([_length(data)])
+    data = data | {"mask": torch.ones(int(sizes[0]), dtype=torch.bool)}
+    plan = schedule(sizes, client.epochs, client.batch_size, seed, task.round, [ident])[0]  # (T, B)
+    rows = [torch.from_numpy(step[step >= 0]) for step in plan]
+    reply = client.run(task.shared, personal, data, rows)
+    if not isinstance(reply, Reply):
+        raise TypeError(f"finish must return a Reply, got {type(reply).__name__}")
+    tree.leaves(reply._asdict())  # raises where something in it is no tensor
+    return Reply(**tree.map(_one, reply._asdict()))
+
+
+def _one(leaf: torch.Tensor | tree.Rows) -> torch.Tensor | tree.Rows:
+    return tree.Rows(leaf.index[None], leaf.values[None], leaf.size) if isinstance(leaf, tree.Rows) else leaf[None]
 
 
 def _length(table: Batch) -> int:
@@ -52,41 +70,34 @@ class Sequential(Engine):
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
         client = client_for(task, self.clients)
-        gathering = Gathering(task, cohort)
-        for position, ident in enumerate(cohort.ids):
-            try:
-                data = prepare(client, self.federation, task, self.seed, ident)
-                reply = _alone(client, task, tree.take(cohort.personal, position), data, self.seed, ident)
-            except Exception as error:  # whatever a client raises costs that client, and is told
-                gathering.fail(ident, error)
-            else:
-                gathering.add([ident], reply)
+        gathering = Gathering(client, task, cohort, self.federation.columns)
+        with seeding(self.seed, "execute", task.round):
+            for position, ident in enumerate(cohort.ids):
+                # Whether it says that it is stochastic or not: what it draws must not differ from run to run.
+                reseed(self.seed, "draw", task.round, ident)
+                try:
+                    data = prepare(client, self.federation, task, self.seed, ident)
+                    reply = alone(client, task, tree.take(cohort.personal, position), data, self.seed, ident)
+                except Exception as error:  # whatever a client raises costs that client, and is told
+                    gathering.fail(ident, error)
+                else:
+                    gathering.add([ident], reply)
         return gathering.replies()
-
-
-def _alone(client: Client, task: Task, personal: Tree, data: Batch, seed: int, ident: int) -> Reply:
-    """What one client answers without vmap, leaves (1, ...)."""
-    size = _length(data)
-    data = data | {"mask": torch.ones(size, dtype=torch.bool)}
-    sizes = np.array([size])
-    plan = schedule(sizes, client.epochs, client.batch_size, seed, task.round, [ident])[0]  # (T, B)
-    rows = [torch.from_numpy(step[step >= 0]) for step in plan]
-    with drawing(client, seed, "draw", task.round, ident):
-        reply = client.run(task.shared, personal, data, rows)._asdict()
-    tree.leaves(reply)  # raises where something in it is no tensor
-    return Reply(**tree.map(_one, reply))
-
-
-def _one(leaf: torch.Tensor | tree.Rows) -> torch.Tensor | tree.Rows:
-    return tree.Rows(leaf.index[None], leaf.values[None], leaf.size) if isinstance(leaf, tree.Rows) else leaf[None]
 
 
 @dataclass(frozen=True, eq=False)
 class Vectorised(Engine):
     """Clients in blocks, each block as one vectorised program.
 
-    Clients are sorted by their number of examples, so that blocks pad little. A block's composition depends on the
-    cohort alone. `block` None: as many clients as fit into BLOCK_BYTES.
+    Clients are sorted by their number of examples, and a block ends where a client has less than a quarter of its
+    first one's, so that blocks pad little. A block's composition depends on the cohort alone, and a block of one runs
+    without vmap.
+
+    Attributes:
+        federation: the data by client.
+        clients: action -> client.
+        seed: of all that is drawn.
+        block: the most clients in a block; None: as many as fit into BLOCK_BYTES. A number switches that bound off.
     """
 
     federation: Federation
@@ -109,82 +120,77 @@ class Vectorised(Engine):
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
         client = client_for(task, self.clients)
-        gathering = Gathering(task, cohort)
-        prepared = self._prepare(client, task, cohort, gathering)
-        ids = [ident for ident in cohort.ids if ident not in gathering.failed]
-        position = {ident: place for place, ident in enumerate(cohort.ids)}
-        if prepared:
-            sizes = np.array([_length(prepared[ident]) for ident in ids], dtype=np.int64)
-        else:
-            sizes = self.federation.sizes(client.split, ids)
-        order = np.argsort(-sizes, kind="stable")
-        width = self.block or self.width(task, int(sizes.max(initial=1)))
-        for start in range(0, len(ids), width):
-            chosen = [ids[place] for place in order[start : start + width]]
-            personal = tree.take(cohort.personal, torch.tensor([position[ident] for ident in chosen]))
-            self._block(client, task, Cohort(chosen, personal), prepared, gathering)
+        gathering = Gathering(client, task, cohort, self.federation.columns)
+        sizes = self.federation.sizes(client.split, cohort.ids)
+        with seeding(self.seed, "execute", task.round):
+            for places in self._blocks(task, sizes):
+                personal = tree.take(cohort.personal, torch.from_numpy(places))
+                self._block(client, task, Cohort([cohort.ids[place] for place in places], personal), gathering)
         return gathering.replies()
 
-    def _prepare(self, client: Client, task: Task, cohort: Cohort, gathering: Gathering) -> dict[int, Batch]:
-        """The prepared examples by client; {} for a client that takes them as they are."""
-        if type(client).prepare is Client.prepare:
-            return {}
-        prepared = {}
-        for ident in cohort.ids:
-            try:
-                prepared[ident] = prepare(client, self.federation, task, self.seed, ident)
-            except Exception as error:  # whatever a client raises costs that client, and is told
-                gathering.fail(ident, error)
-        return prepared
-
     def width(self, task: Task, longest: int) -> int:
-        """Clients in a block: a client needs its parameters, their gradient and two temporary copies, and its table."""
+        """How many clients of this size fit into BLOCK_BYTES, counting four times what they receive, and tables."""
         row = sum(column[:1].numel() * column.element_size() for column in self.federation.columns.values())
         shared = tree.count_bytes(tree.leaves(task.shared))
         return max(1, BLOCK_BYTES // max(1, 4 * shared + longest * row))
 
-    def _block(
-        self, client: Client, task: Task, cohort: Cohort, prepared: dict[int, Batch], gathering: Gathering
-    ) -> None:
+    def _blocks(self, task: Task, sizes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """The positions in the cohort of the clients of each block, largest clients first."""
+        order = np.argsort(-sizes, kind="stable")
+        start = 0
+        while start < len(order):
+            longest = int(sizes[order[start]])
+            alike = start + int(np.count_nonzero(4 * sizes[order[start:]] >= longest))
+            end = min(alike, start + (self.block or self.width(task, longest)))
+            yield order[start:end]
+            start = end
+
+    def _block(self, client: Client, task: Task, cohort: Cohort, gathering: Gathering) -> None:
         """Runs one block; if it raises, its clients one by one, so that only the culprit fails."""
-        ids = list(cohort.ids)
-        try:
-            with drawing(client, self.seed, "draw", task.round, ids[0]):
-                replies = self._run(client, task, cohort, prepared)
-        except Exception as error:
-            if len(ids) == 1:
-                self._blame(client, task, cohort, prepared, gathering, error)
+        tables = self._prepare(client, task, cohort.ids, gathering)
+        places = [place for place, ident in enumerate(cohort.ids) if ident not in gathering.failed]
+        ids = [cohort.ids[place] for place in places]
+        if not ids:
+            return
+        personal = cohort.personal if len(ids) == len(cohort.ids) else tree.take(cohort.personal, torch.tensor(places))
+        error = None
+        if len(ids) > 1:
+            try:
+                reseed(self.seed, "draw", task.round, ids[0])
+                gathering.add(ids, self._run(client, task, Cohort(ids, personal), tables))
                 return
-            for place in range(len(ids)):
-                alone = Cohort(ids[place : place + 1], tree.take(cohort.personal, slice(place, place + 1)))
-                self._block(client, task, alone, prepared, gathering)
-        else:
-            gathering.add(ids, replies)
+            except Exception as raised:  # whatever it is, it is looked into below
+                error = raised
+        for place, ident in enumerate(ids):
+            data = tables[ident] if tables else self.federation.examples(ident, client.split)
+            reseed(self.seed, "draw", task.round, ident)
+            try:
+                reply = alone(client, task, tree.take(personal, place), data, self.seed, ident)
+            except Exception as own:  # the same failure, told without the words of vmap
+                gathering.fail(ident, own)
+            else:
+                gathering.add([ident], reply)
+        if error is not None and not any(ident in gathering.failed for ident in ids):
+            random = "random" in str(error)
+            remedy = "say that it is `stochastic`" if random else "use fedsim.engines.local:Sequential"
+            raise TypeError(f"{type(client).__name__} cannot be vectorised, {remedy}: {error}") from error
 
-    def _blame(
-        self,
-        client: Client,
-        task: Task,
-        cohort: Cohort,
-        prepared: dict[int, Batch],
-        gathering: Gathering,
-        error: Exception,
-    ) -> None:
-        """A client that raises without vmap too has failed; one that does not cannot be vectorised."""
-        ident = cohort.ids[0]
-        data = prepared[ident] if prepared else self.federation.examples(ident, client.split)
-        try:
-            _alone(client, task, tree.take(cohort.personal, 0), data, self.seed, ident)
-        except Exception as own:  # the same failure, told without the words of vmap
-            gathering.fail(ident, own)
-        else:
-            raise TypeError(
-                f"{type(client).__name__} cannot be vectorised, use fedsim.engines.local:Sequential for it: {error}"
-            ) from error
+    def _prepare(self, client: Client, task: Task, ids: Sequence[int], gathering: Gathering) -> dict[int, Batch]:
+        """The prepared examples by client; {} for a client that takes them as they are."""
+        if type(client).prepare is Client.prepare:
+            return {}
+        tables = {}
+        for ident in ids:
+            reseed(self.seed, "draw", task.round, ident)
+            try:
+                tables[ident] = prepare(client, self.federation, task, self.seed, ident)
+            except Exception as error:  # whatever a client raises costs that client, and is told
+                gathering.fail(ident, error)
+        return tables
 
-    def _run(self, client: Client, task: Task, cohort: Cohort, prepared: dict[int, Batch]) -> Reply:
-        if prepared:
-            data = _pad([prepared[ident] for ident in cohort.ids])
+    def _run(self, client: Client, task: Task, cohort: Cohort, tables: dict[int, Batch]) -> Reply:
+        if tables:
+            data = _pad([tables[ident] for ident in cohort.ids])
         else:
             data = self.federation.table(cohort.ids, client.split)
         sizes = data["mask"].sum(1).numpy()

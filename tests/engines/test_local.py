@@ -233,19 +233,33 @@ class LeavingTorch(Summing):
         return {"sum": state["sum"] + torch.from_numpy(batch["x"].numpy().sum(0))}
 
 
-IMPOSSIBLE = [Branching, Mutating, MutatingWhatItWasSent, Drawing, LeavingTorch]
+IMPOSSIBLE = {
+    Branching: "Branching cannot be vectorised, use fedsim.engines.local:Sequential",
+    Mutating: "Mutating cannot be vectorised, use fedsim.engines.local:Sequential",
+    Drawing: "Drawing cannot be vectorised, say that it is `stochastic`",
+    LeavingTorch: "LeavingTorch cannot be vectorised, use fedsim.engines.local:Sequential",
+}
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
-@pytest.mark.parametrize("block", [1, None])
-def test_a_client_that_vmap_cannot_run_is_one_error_that_names_the_engine_to_use(classification, kind, block):
-    with pytest.raises(TypeError, match=f"{kind.__name__} cannot be vectorised, use fedsim.engines.local:Sequential"):
+@pytest.mark.parametrize("block", [2, None])
+def test_a_client_that_vmap_cannot_run_is_one_error_that_says_what_to_do(classification, kind, block):
+    with pytest.raises(TypeError, match=IMPOSSIBLE[kind]):
         execute(Vectorised, kind(), classification(SIZES)[1], block=block)
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
-def test_the_same_client_runs_one_by_one(classification, kind):
-    assert not execute(Sequential, kind(), classification(SIZES)[1]).failed
+def test_the_same_client_runs_one_by_one_and_twice_alike(classification, kind):
+    federation = classification(SIZES)[1]
+    one, other = (execute(Sequential, kind(), federation) for _ in range(2))
+    assert not one.failed
+    assert torch.equal(one.update["sum"], other.update["sum"]) if "sum" in one.update else True
+
+
+@pytest.mark.parametrize("engine", [Sequential, Vectorised])
+def test_a_client_that_changes_what_others_are_sent_ends_the_round(classification, engine):
+    with pytest.raises(TypeError, match="MutatingWhatItWasSent changes shared/w in place, which other clients"):
+        execute(engine, MutatingWhatItWasSent(), classification(SIZES)[1])
 
 
 @dataclass(frozen=True)
@@ -407,3 +421,64 @@ def test_a_task_that_makes_no_sense_is_refused(engine, classification):
         run.execute(Task("train", {"params": model.params}, reduce="average"), Cohort([0, 1]))
     with pytest.raises(ValueError, match=r"once in a round, got the ids \[0, 1, 0\]"):
         run.execute(Task("train", {"params": model.params}), Cohort([0, 1, 0]))
+
+
+class Secret(nn.Module):
+    """A model that drops out without a layer that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(nn.functional.dropout(x, 0.5, self.training))
+
+
+def test_what_a_client_draws_without_saying_so_does_not_differ_from_run_to_run(classification):
+    _, federation = classification(SIZES)
+    width = federation.columns["x"].shape[1]
+    module = Secret()
+    module.inner = nn.Linear(width, 3)
+    client = Sgd(model=Model(module), lr=0.1)
+    runs = []
+    for noise in range(2):
+        torch.manual_seed(noise)
+        task = Task("train", {"params": client.model.params}, round=1)
+        runs.append(Sequential(federation, {"train": client}).execute(task, Cohort(IDS)))
+    assert torch.equal(runs[0].update["params"]["inner.weight"], runs[1].update["params"]["inner.weight"])
+
+
+def test_a_block_ends_where_clients_become_much_smaller(classification):
+    _, federation = classification((100, 90, 26, 24, 7, 6, 1, 0))
+    engine = Vectorised(federation, {})
+    blocks = [places.tolist() for places in engine._blocks(Task("train", {}), federation.sizes())]
+    assert blocks == [[0, 1, 2], [3, 4, 5], [6], [7]]
+    narrow = Vectorised(federation, {}, block=2)
+    assert [len(places) for places in narrow._blocks(Task("train", {}), federation.sizes())] == [2, 2, 2, 1, 1]
+
+
+@dataclass(frozen=True)
+class OddReply(Summing):
+    """The client with 20 examples sends more than the others."""
+
+    def finish(self, shared, state, data):
+        reply = super().finish(shared, state, data)
+        return reply._replace(metrics={"extra": torch.tensor(1.0)}) if len(data["mask"]) == 20 else reply
+
+
+def test_a_client_that_answers_in_another_form_costs_itself_only(classification):
+    _, federation = classification((7, 20, 5))
+    found = execute(Sequential, OddReply(), federation, [0, 1, 2])
+    assert found.ids == [0, 2] and list(found.failed) == [1]
+    assert "another form than client 0: metrics/extra is" in found.failed[1]
+
+
+@dataclass(frozen=True)
+class Forgets(Summing):
+    def finish(self, shared, state, data):
+        super().finish(shared, state, data)
+
+
+def test_a_finish_without_a_return_is_told_so(classification):
+    found = execute(Sequential, Forgets(), classification((3, 4))[1], [0, 1])
+    assert all("finish must return a Reply, got NoneType" in why for why in found.failed.values())
