@@ -3,11 +3,13 @@
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 """
 
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +33,7 @@ from fedsim.report.comparison import as_table
 from fedsim.runs import Run
 from fedsim.simulation import TooFewReplies
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="The data sets, and how experiments divide them.")
 app.add_typer(data, name="data")
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -42,9 +44,42 @@ Root = Annotated[Path, typer.Option("--out", help="Folder under which the run's 
 TrackerName = Annotated[str | None, typer.Option("--tracker", help="tensorboard, wandb or mlflow.")]
 
 
+FullTrace = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+
+
+class Warnings(logging.Handler):
+    """Shows what the library warns of, in plain words."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        errors.print(f"Warning: {record.getMessage()}")
+
+
+@app.callback(invoke_without_command=True)
+def fedsim(
+    told: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Simulates federated learning."""
+    if told:
+        out.print(f"fedsim {version('fedsim')}")
+        raise typer.Exit
+
+
 @contextmanager
 def _told(full: bool = False) -> Iterator[None]:
-    """Turns what goes wrong into a message and an exit code."""
+    """Shows warnings, and turns what goes wrong into a message and an exit code."""
+    warnings = Warnings(logging.WARNING)
+    logger = logging.getLogger("fedsim")
+    logger.addHandler(warnings)
+    try:
+        with _exits(full):
+            yield
+    finally:
+        logger.removeHandler(warnings)
+
+
+@contextmanager
+def _exits(full: bool) -> Iterator[None]:
     try:
         yield
     except typer.Exit:
@@ -54,7 +89,14 @@ def _told(full: bool = False) -> Iterator[None]:
             errors.print(traceback.format_exc().rstrip())
         errors.print(f"Error: {error}")
         raise typer.Exit(2) from None
+    except ConnectionError as error:
+        if full:
+            errors.print(traceback.format_exc().rstrip())
+        errors.print("\n".join([f"Error: {error}", *_notes(error)]))
+        raise typer.Exit(1) from None
     except TooFewReplies as error:
+        if full:
+            errors.print(traceback.format_exc().rstrip())
         errors.print("\n".join([f"The run failed: {error}", *_notes(error)]))
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
@@ -74,10 +116,12 @@ def _notes(error: BaseException) -> list[str]:
 def run(
     experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled experiment.")],
     changes: Changes = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seeds", help="One run for each of these seeds.")] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seeds", help="One run for each of these seeds: 0 1 2, or 0,1,2.")
+    ] = None,
     root: Root = Path("runs"),
     tracker: TrackerName = None,
-    full: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    full: FullTrace = False,
 ) -> None:
     """Run an experiment, write its report, and say where it is."""
     with _told(full):
@@ -95,9 +139,10 @@ def resume(
     path: Annotated[Path, typer.Argument(help="A run's directory.")],
     rounds: Annotated[int | None, typer.Option(help="Let it run for this many rounds in all.", min=1)] = None,
     tracker: TrackerName = None,
+    full: FullTrace = False,
 ) -> None:
     """Go on with a run from its last checkpoint."""
-    with _told():
+    with _told(full):
         with _reading():
             Run.open(path)
         _closing(resume_run(path, rounds=rounds, tracker=tracker, display=display))
@@ -154,11 +199,7 @@ def data_fetch(names: Annotated[list[str], typer.Argument(help="Names of data se
     """Fetch data sets from their publishers into the cache."""
     with _told(), _reading():
         for name in names:
-            try:
-                out.print(f"{name}: {doctor.fetch(name)}")
-            except ConnectionError as error:
-                errors.print(f"Error: {error}")
-                raise typer.Exit(1) from None
+            out.print(f"{name}: {doctor.fetch(name)}")
 
 
 @data.command("describe")
@@ -213,11 +254,22 @@ def _print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _spread_out(arguments: Sequence[str]) -> list[str]:
-    """`--seeds 0 1 2` as `--seeds 0 --seeds 1 --seeds 2`, which the parser understands."""
+    """`--seeds 0 1 2`, `--seeds 0,1,2` and `--seeds=0 1 2` as `--seeds 0 --seeds 1 --seeds 2`.
+
+    That is what the parser understands; what is no seed is left to it.
+    """
     spread: list[str] = []
     for argument in arguments:
-        another = len(spread) > 1 and spread[-2] == "--seeds" and spread[-1].isdigit() and argument.isdigit()
-        spread += ["--seeds", argument] if another else [argument]
+        if argument.startswith("--seeds="):
+            spread.append("--seeds")
+            argument = argument.removeprefix("--seeds=")
+        seeds = [part for part in argument.split(",") if part]
+        if not seeds or not all(part.isdigit() for part in seeds) or "--seeds" not in spread[-2:]:
+            spread.append(argument)
+            continue
+        if spread[-1] == "--seeds":
+            spread.pop()
+        spread += [word for seed in seeds for word in ("--seeds", seed)]
     return spread
 
 

@@ -15,7 +15,7 @@ from fedsim.client import Client
 from fedsim.engines.engine import Engine
 from fedsim.model import Model
 from fedsim.ranges import Count
-from fedsim.task import Batch, Cohort, Metrics, Reply, Task
+from fedsim.task import Batch, Cohort, Metrics, Reply, Task, Traffic
 from fedsim.tree import Tree
 
 
@@ -73,6 +73,7 @@ class Evaluation(NamedTuple):
     clients: dict[str, NDArray[np.float64]]  # the same by client, each (C,), with "client"
     confusion: Tensor | None  # (K, K), rows the truth, columns the prediction
     failed: dict[int, str]
+    traffic: Traffic = Traffic()
 
 
 def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evaluation:
@@ -85,7 +86,7 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evalua
     with np.errstate(divide="ignore", invalid="ignore"):
         clients = {name: values / examples for name, values in sums.items()}
     clients = {"client": np.array(replies.ids, dtype=np.float64), "examples": examples} | clients
-    return Evaluation(pooled, clients, replies.update.get("confusion"), replies.failed)
+    return Evaluation(pooled, clients, replies.update.get("confusion"), replies.failed, replies.traffic)
 
 
 def spread(evaluation: Evaluation) -> Metrics:

@@ -1,7 +1,7 @@
 """A job: a simulation from its first round to its report, with all that is evaluated, written down and kept."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -100,13 +100,26 @@ def _begin(job: Job, directory: Run, resuming: bool) -> Snapshot:
 
 
 def drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None, experiment: str = "") -> Result:
-    """Takes the rounds that are still to do, writes them down, and makes the report."""
+    """Takes the rounds that are still to do, writes them down, and makes the report.
+
+    Raises:
+        ConfigError: what is in the directory does not fit, or another process is writing there.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(directory.locked())
+        except BlockingIOError as error:
+            raise ConfigError(str(error)) from None
+        return _drive(job, directory, resuming, display, experiment)
+
+
+def _drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None, experiment: str) -> Result:
     parts, plan = job.assembly, job.plan
     snapshot = _begin(job, directory, resuming)
     if resuming:
         directory.describe(experiment)
     shown = display(plan.name, plan.rounds, snapshot.round) if display else Silent()
-    sent = closing(track(job.tracker, plan.name, directory.path, job.tables)) if job.tracker else nullcontext()
+    sent = nullcontext() if job.tracker is None else closing(_track(job, job.tracker, directory, snapshot.round))
     with parts.engine, shown as screen, sent as elsewhere:
         try:
             steps = rounds(parts.strategy, parts.engine, parts.sample, snapshot, plan.min_replies)
@@ -117,24 +130,43 @@ def drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None, 
             if isinstance(error, TooFewReplies):
                 directory.record_failures(error.round, error.failed)
                 directory.save(snapshot, plan.keep_checkpoints)
-            error.add_note(f"The run is in {directory.path}; it can be resumed.")
+            error.add_note(_whereabouts(error, directory.path))
             raise
     write_report(directory.path)
     return Result(directory.metrics(), parts.strategy.params(snapshot.state), directory.path)
+
+
+def _track(job: Job, tracker: str, directory: Run, done: int) -> Tracker:
+    return track(tracker, job.plan.name, directory.path, job.tables, done)
+
+
+def _whereabouts(error: BaseException, path: Path) -> str:
+    """Where a run is that was ended by this, and what to do with it."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"The run is in {path}; it can be resumed: `fedsim resume {path}`"
+    if isinstance(error, TooFewReplies):
+        return f"The run is in {path}; {path / 'failures.jsonl'} tells why, client by client."
+    return f"The run is in {path}."
 
 
 def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tracker | None) -> None:
     """Evaluates if it is time, writes the round down, and then the checkpoint: what a checkpoint covers is on disk."""
     plan, snapshot = job.plan, step.snapshot
     number, last = snapshot.round, snapshot.round == plan.rounds
-    metrics: Metrics = {
+    own: Metrics = {
         "round": number,
         "seconds": step.seconds,
         "clients": step.answered,
         "failed": len(step.failed),
         "bytes_down": step.traffic.down,
         "bytes_up": step.traffic.up,
-    } | step.metrics
+    }
+    if taken := own.keys() & step.metrics.keys():
+        raise ValueError(
+            f"round {number}: the strategy measures {', '.join(map(repr, sorted(taken)))}, a name that every round "
+            f"has already ({', '.join(own)}): give it another one"
+        )
+    metrics = own | step.metrics
     directory.record_failures(number, step.failed)
     if plan.evaluate_every and (number % plan.evaluate_every == 0 or last):
         parts = {name: _evaluate(name, job, snapshot) for name in job.cohorts}
@@ -143,6 +175,8 @@ def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tra
             directory.record_failures(number, {ident: f"evaluating: {why}" for ident, why in part.failed.items()})
         if "clients" in parts:
             metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
+            down, up = parts["clients"].traffic
+            metrics |= {"evaluate/bytes_down": down, "evaluate/bytes_up": up}
         directory.save_evaluation(number, parts, job.assembly.federation.names.get("y", ()))
     directory.record(metrics)
     if number % plan.checkpoint_every == 0 or last:

@@ -1,6 +1,8 @@
 """Running an experiment: from a file, from where a run was left, or from objects."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +12,7 @@ import tomli_w
 import torch
 
 from fedsim.client import Client
-from fedsim.config import Assembly, ConfigError, assemble, read
+from fedsim.config import Assembly, ConfigError, assemble, fingerprints, read, resolve
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import auto
@@ -21,6 +23,8 @@ from fedsim.model import Model
 from fedsim.runs import Run
 from fedsim.sampling import Sampler, everyone
 from fedsim.strategy import Strategy
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -42,11 +46,12 @@ def run(
 
     Raises:
         ConfigError: the experiment is wrong; nothing was run.
+        ConnectionError: its data could not be fetched; nothing was run.
         TooFewReplies: the run ended early; its directory holds a checkpoint.
     """
-    asked, folder = read(experiment, changes)
+    asked = resolve(*read(experiment, changes))
     with threads(asked.threads):
-        job = prepare(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
+        job = prepare(assemble(asked), Plan.of(asked), asked.model_dump(), tracker)
         return drive(job, _create(Path(root), job, asked.toml()), False, display)
 
 
@@ -64,9 +69,10 @@ def resume(
     experiment = directory.path / "experiment.toml"
     if "\n[objects]" in experiment.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError(f"{directory.path} was made of objects: go on with it by fedsim.simulate(..., resume=...)")
-    asked, folder = read(experiment, () if rounds is None else (f"rounds={rounds}",))
+    asked = resolve(*read(experiment, () if rounds is None else (f"rounds={rounds}",)))
+    _compare(directory, fingerprints(asked.model_dump()))
     with threads(asked.threads):
-        job = prepare(assemble(asked, folder), Plan.of(asked), asked.model_dump(), tracker)
+        job = prepare(assemble(asked), Plan.of(asked), asked.model_dump(), tracker)
         return drive(job, directory, True, display, asked.toml())
 
 
@@ -78,7 +84,7 @@ def simulate(
     clients: Mapping[str, Client],
     plan: Plan,
     sample: Sampler | None = None,
-    engine: Engine | None = None,
+    engine: Callable[[Federation, Mapping[str, Client], int], Engine] = auto,
     root: str | Path = "runs",
     resume: str | Path | None = None,
     display: DisplayFor | None = None,
@@ -92,16 +98,16 @@ def simulate(
         clients: action -> the local side. Without "evaluate" the model's accuracy is counted.
         plan: how long, and what is written down when.
         sample: who takes part; None: everyone.
-        engine: where clients run; None: `auto`.
+        engine: where clients run: a class of engines such as `Sequential`, or another function of the federation, the
+            clients and the seed; `functools.partial(Vectorised, block=8)` sets more.
         root: the folder under which the run's directory is made.
         resume: the directory of a run of the same objects, to go on with.
         display: what to show meanwhile; nothing if None.
     """
     classes = len(federation.names["y"]) if "y" in federation.names else None
     actions = {"evaluate": Evaluate(model=model, num_classes=classes)} | dict(clients)
-    engine = engine or auto(federation, actions, plan.seed)
     sample = sample or everyone(federation.num_clients)
-    assembly = Assembly(federation, model, strategy, actions, sample, engine)
+    assembly = Assembly(federation, model, strategy, actions, sample, engine(federation, actions, plan.seed))
     told = {name: repr(value) for name, value in {"strategy": strategy, **clients}.items()}
     tables = {name: value for name, value in asdict(plan).items() if value is not None} | {"objects": told}
     with threads(plan.threads):
@@ -121,10 +127,24 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _compare(directory: Run, now: Mapping[str, str]) -> None:
+    """Warns of plug-in files that are not what they were when the run began."""
+    try:
+        before = json.loads((directory.path / "environment.json").read_text(encoding="utf-8"))["plugins"]
+    except (OSError, ValueError, KeyError, TypeError):  # nothing to compare with
+        return
+    for file, content in now.items():
+        if before.get(file, content) != content:
+            logger.warning(
+                "%s was changed since the run in %s began: the run may not be of one piece", file, directory.path
+            )
+
+
 def _create(root: Path, job: Job, experiment: str) -> Run:
     """A new directory for this job."""
     parts = job.assembly
     told = environment() | {
+        "plugins": fingerprints(job.tables),
         "engine": repr(parts.engine),
         "num_clients": parts.federation.num_clients,
         "parameters": sum(leaf.numel() for leaf in parts.model.params.values()),

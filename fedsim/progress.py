@@ -89,14 +89,19 @@ class Lines(Silent):
 
 def told(metrics: Metrics) -> str:
     """The metrics that matter most, in a few words."""
-    words = [f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics]
+    words = [f"{name} {number(metrics[name])}" for name in SHOWN if name in metrics]
     others = [name for name in metrics if name.startswith("test/") and name not in SHOWN and name != "test/loss"]
-    words += [f"{name} {metrics[name]:.4f}" for name in others[:2]]
+    words += [f"{name} {number(metrics[name])}" for name in others[:2]]
     if metrics.get("seconds"):
         words.append(f"{metrics['clients'] / metrics['seconds']:.0f} clients/s")
     if metrics.get("failed"):
         words.append(f"{metrics['failed']:.0f} failed")
     return "  ".join(words)
+
+
+def number(value: float) -> str:
+    """A number with four decimals, or in few digits where these would be too many or would all be zero."""
+    return f"{value:g}" if abs(value) > 1e4 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def display(label: str, rounds: int, done: int = 0) -> Display:

@@ -5,7 +5,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,11 @@ from fedsim import tree
 from fedsim.evaluation import Evaluation
 from fedsim.simulation import Snapshot
 from fedsim.task import Metrics
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of checkpoints
 
@@ -54,6 +60,21 @@ class Run:
         if not (path / "experiment.toml").is_file():
             raise FileNotFoundError(f"{path} is not a run: it holds no experiment.toml")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process may do the same; where the system has no such locks, nothing is locked.
+
+        Raises:
+            BlockingIOError: another process does.
+        """
+        with open(self.path / ".lock", "rb", opener=_opened) as file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"{self.path} is being written by another process") from None
+            yield
 
     def describe(self, experiment: str) -> None:
         """Writes the experiment (TOML) down, in place of what stood there."""
@@ -138,6 +159,10 @@ class Run:
             if file.exists():
                 kept = [line for line in read_lines(file) if line["round"] <= round]
                 replace(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:

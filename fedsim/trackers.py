@@ -20,10 +20,10 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run's directory, under tensorboard/."""
 
-    def __init__(self, name: str, path: Path, tables: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, path: Path, tables: Mapping[str, Any], done: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.writer = SummaryWriter(str(path / "tensorboard"))
+        self.writer = SummaryWriter(str(path / "tensorboard"), purge_step=done + 1)
 
     def log(self, metrics: Metrics) -> None:
         """One point a metric."""
@@ -39,10 +39,17 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases; WANDB_MODE=offline keeps it in the run's directory."""
 
-    def __init__(self, name: str, path: Path, tables: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, path: Path, tables: Mapping[str, Any], done: int) -> None:
         import wandb
 
-        self.run = wandb.init(project="fedsim", name=f"{name}/{path.name}", dir=str(path), config=dict(tables))
+        self.run = wandb.init(
+            project="fedsim",
+            name=f"{name}/{path.name}",
+            id=path.name,
+            resume="allow",  # a run that is resumed goes on in its place
+            dir=str(path),
+            config=dict(tables),
+        )
 
     def log(self, metrics: Metrics) -> None:
         """One step a round."""
@@ -56,7 +63,7 @@ class WandB:
 class MLflow:
     """A run of MLflow, at MLFLOW_TRACKING_URI or else in the run's directory, in mlflow.db."""
 
-    def __init__(self, name: str, path: Path, tables: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, path: Path, tables: Mapping[str, Any], done: int) -> None:
         import os
 
         from mlflow import MlflowClient
@@ -88,7 +95,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+TRACKERS: dict[str, Callable[[str, Path, Mapping[str, Any], int], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
@@ -103,7 +110,7 @@ def check(tracker: str) -> None:
         raise ConfigError(f"tracker {tracker!r} is not installed: pip install 'fedsim[{tracker}]'")
 
 
-def track(tracker: str, name: str, path: Path, tables: Mapping[str, Any]) -> Tracker:
-    """Opens a tracker by its name; raises ConfigError as `check` does."""
+def track(tracker: str, name: str, path: Path, tables: Mapping[str, Any], done: int = 0) -> Tracker:
+    """Opens a tracker by its name for the rounds after `done`; raises ConfigError as `check` does."""
     check(tracker)
-    return TRACKERS[tracker](name, path, tables)
+    return TRACKERS[tracker](name, path, tables, done)

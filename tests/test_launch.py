@@ -17,7 +17,7 @@ from fedsim.engines.local import Sequential
 from fedsim.job import Plan, Result
 from fedsim.launch import resume, run, simulate
 from fedsim.model import Model
-from fedsim.runs import read_checkpoint, read_lines
+from fedsim.runs import Run, read_checkpoint, read_lines
 from fedsim.sampling import uniform
 from fedsim.simulation import TooFewReplies
 from fedsim.task import Metrics, Reply
@@ -77,6 +77,16 @@ def tables(**others: Any) -> Tables:
     } | others
 
 
+DRAWN = """
+def drawn():
+    return Model(nn.Linear(2, 3))
+"""
+NAMED = """
+@dataclass(frozen=True)
+class Clashing(FedAvg):
+    def aggregate(self, state, task, replies):
+        return state, {"seconds": 0.5}
+"""
 MODEL = """
 from torch import nn
 from fedsim.model import Model
@@ -92,7 +102,7 @@ def model():
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with plug-ins in it."""
-    (tmp_path / "plugin.py").write_text(PLUGIN + MODEL)
+    (tmp_path / "plugin.py").write_text(PLUGIN + NAMED + MODEL + DRAWN)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -250,7 +260,7 @@ def test_a_strategy_that_raises_ends_the_run_where_a_checkpoint_is_and_says_whic
         run(tables(strategy={"use": "plugin.py:Failing"}))
     assert not isinstance(caught.value, ConfigError)
     (path,) = (Path("runs") / "small").iterdir()
-    assert caught.value.__notes__ == [f"The run is in {path}; it can be resumed."]
+    assert caught.value.__notes__[-1] == f"The run is in {path}."
     (folder / "broken").unlink()
     assert final(resume(path)) == final(sound)
 
@@ -363,7 +373,7 @@ def test_objects_are_simulated_as_tables_are(folder):
         strategy=assembly.strategy,
         clients={"train": assembly.clients["train"]},
         plan=Plan(rounds=4, seed=2, evaluate_every=0),
-        engine=Sequential(assembly.federation, {"train": assembly.clients["train"]}, 2),
+        engine=Sequential,
     )
     assert quiet(by_objects.metrics) == quiet(by_tables.metrics)
     assert final(by_objects) == final(by_tables)
@@ -456,3 +466,48 @@ def test_evaluation_gets_what_the_strategy_offers_and_what_clients_keep_even_on_
         )
     )
     assert result.last("test/offered") == 7 and result.last("clients/offered") == 7
+
+
+def test_a_users_model_is_the_same_however_much_was_drawn_before(folder):
+    first = run(tables(rounds=1, model={"use": "plugin.py:drawn"}))
+    torch.rand(3)
+    again = run(tables(rounds=1, model={"use": "plugin.py:drawn"}))
+    other = run(tables(rounds=1, model={"use": "plugin.py:drawn"}), changes=["seed=3"])
+    assert final(first) == final(again) != final(other)
+
+
+def test_what_is_written_down_is_what_was_run_with_every_default(folder):
+    (written, _) = read(run(tables(rounds=1)).path / "experiment.toml")
+    assert written.strategy == {"use": "strategies.fedavg:FedAvg", "lr": 1.0}
+    assert written.clients["train"]["epochs"] == Sgd(model=objects()["model"], lr=0.1).epochs
+
+
+def test_a_measure_that_is_named_like_one_of_the_run_is_refused(folder):
+    with pytest.raises(ValueError, match="round 1: the strategy measures 'seconds', a name that every round has"):
+        run(tables(strategy={"use": "plugin.py:Clashing"}))
+
+
+def test_a_run_that_is_being_written_is_left_alone(folder):
+    path = run(tables()).path
+    with Run.open(path).locked(), pytest.raises(ConfigError, match=f"{path} is being written by another process"):
+        resume(path, rounds=5)
+    assert len(resume(path, rounds=5).metrics) == 5
+
+
+def test_what_an_evaluation_of_the_clients_costs_is_counted_where_there_was_one(folder):
+    first, second = run(tables(rounds=2, evaluate_every=2)).metrics
+    assert "evaluate/bytes_down" not in first
+    assert second["evaluate/bytes_down"] == first["bytes_down"] > 0  # the same model to the same clients
+    assert second["evaluate/bytes_up"] > 0
+
+
+def test_a_plug_in_that_was_changed_since_is_warned_of(folder, caplog):
+    path = run(tables(rounds=1)).path
+    resume(path, rounds=2)
+    assert not caplog.records
+    with (folder / "plugin.py").open("a") as file:
+        file.write("\n")
+    resume(path, rounds=3)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder / 'plugin.py'} was changed since the run in {path} began: the run may not be of one piece"
+    ]

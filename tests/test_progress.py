@@ -117,6 +117,11 @@ def test_nothing_is_shown_silently(capsys):
             "test/hr 0.1000  test/ndcg 0.2000",
         ),
         ({"round": 1, "train/loss": float("nan")}, "train/loss nan"),
+        (
+            {"round": 1, "train/loss": 1234567.0, "test/accuracy": 0.00025},
+            "test/accuracy 0.00025  train/loss 1.23457e+06",
+        ),
+        ({"round": 1, "train/loss": 1e4, "test/accuracy": 0.0}, "test/accuracy 0.0000  train/loss 10000.0000"),
     ],
 )
 def test_the_metrics_that_matter_most_are_told_in_a_few_words(found, words):

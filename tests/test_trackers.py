@@ -134,3 +134,13 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(name, m
     monkeypatch.setattr(sys, "path", [str(here)])  # a path on which there is no tracker
     with pytest.raises(ConfigError, match=rf"^tracker '{name}' is not installed: pip install 'fedsim\[{name}\]'$"):
         check(name)
+
+
+def test_rounds_that_are_done_again_are_in_tensorboard_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    for done, lines in ((0, LINES), (1, LINES[1:])):
+        opened = track("tensorboard", "name", tmp_path, {}, done)
+        for line in lines:
+            opened.log(line)
+        opened.close()
+    assert close(tensorboard(tmp_path), expected(LINES))

@@ -5,8 +5,8 @@ the callable's signature and types before anything starts. Arguments that an exp
 them anyway (the model, the federation, the seed, ...) are filled in by name.
 """
 
-from fedsim.config.experiment import PARTS, Assembly, Experiment, assemble, bundled, locate, read
-from fedsim.config.plugins import ConfigError, find, names
+from fedsim.config.experiment import PARTS, Assembly, Experiment, assemble, bundled, locate, read, resolve
+from fedsim.config.plugins import ConfigError, find, fingerprints, names
 from fedsim.config.recipe import Recipe, recipe
 
 __all__ = [
@@ -18,8 +18,10 @@ __all__ = [
     "assemble",
     "bundled",
     "find",
+    "fingerprints",
     "locate",
     "names",
     "read",
     "recipe",
+    "resolve",
 ]

@@ -21,6 +21,7 @@ from fedsim.sampling import Sampler
 from fedsim.strategy import Strategy
 
 Table = dict[str, Any]
+SPLIT = {"use": "fedsim.data.federation:divide"}  # also where a table for it names nothing else
 EXPERIMENTS = HOME / "experiments"
 Number = Annotated[int, Interval(ge=1, le=10**9)]
 Name = Annotated[
@@ -49,7 +50,7 @@ class Experiment(BaseModel):
     threads: Annotated[int, Interval(ge=1, le=1024)] = 1  # of torch; more change the last bits of a sum
     data: Table
     partition: Table
-    split: Table = {"use": "fedsim.data.federation:divide"}
+    split: Table = SPLIT
     model: Table
     strategy: Table
     clients: Annotated[dict[str, Table], Field(min_length=1)]
@@ -91,6 +92,8 @@ def read(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) ->
         tables, folder, label = _parse(path), path.resolve().parent, str(path)
     for change in changes:
         _change(tables, change)
+    if isinstance(tables.get("split"), Mapping):
+        tables["split"] = SPLIT | tables["split"]
     try:
         experiment = Experiment.model_validate(tables)
     except ValidationError as error:
@@ -188,16 +191,38 @@ class Assembly(NamedTuple):
     engine: Engine
 
 
+def _recipes(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
+    """The recipe of each part but the clients, and of each action's client."""
+    tables: dict[str, Any] = {name: getattr(experiment, name) for name in PARTS if name != "clients"}
+    parts = {name: recipe(table, name, *PARTS[name], folder) for name, table in tables.items()}
+    actions = {"evaluate": {"use": "fedsim.evaluation:Evaluate"}} | experiment.clients
+    for name, table in actions.items():
+        if "use" not in table:
+            there = closest(name, [other for other, table in actions.items() if "use" in table])
+            raise ConfigError(f"clients.{name}.use is missing: it names what a client does on {name!r}{there}")
+    clients = {name: recipe(table, f"clients.{name}", *PARTS["clients"], folder) for name, table in actions.items()}
+    return parts, clients
+
+
+def resolve(experiment: Experiment, folder: Path | None = None) -> Experiment:
+    """The same experiment with nothing left to say: no short names, absolute paths, every argument's default.
+
+    Raises:
+        ConfigError: a table is wrong.
+    """
+    parts, clients = _recipes(experiment, folder)
+    tables: dict[str, Any] = {name: part.table for name, part in parts.items()}
+    return experiment.model_copy(update=tables | {"clients": {name: client.table for name, client in clients.items()}})
+
+
 def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
     """Checks every table of an experiment, then makes its objects.
 
     Raises:
         ConfigError: a table is wrong. No data has been read if a key or a value is to blame.
+        ConnectionError: the data could not be fetched.
     """
-    tables: dict[str, Any] = {name: getattr(experiment, name) for name in PARTS if name != "clients"}
-    recipes = {name: recipe(table, name, *PARTS[name], folder) for name, table in tables.items()}
-    actions = {"evaluate": {"use": "fedsim.evaluation:Evaluate"}} | experiment.clients
-    locals_ = {name: recipe(table, f"clients.{name}", *PARTS["clients"], folder) for name, table in actions.items()}
+    recipes, locals_ = _recipes(experiment, folder)
     context: dict[str, Any] = {"seed": experiment.seed}
     dataset = context["dataset"] = _made(recipes["data"], context, Dataset)
     context["columns"] = dataset.columns

@@ -5,7 +5,8 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date, time
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -79,7 +80,7 @@ def _short(use: str, group: str, here: str) -> Callable[..., Any]:
 
 def _load_module(source: str, name: str, here: str, base: Path | None) -> ModuleType:
     try:
-        return importlib.import_module(source)
+        module = importlib.import_module(source)
     except ModuleNotFoundError as error:
         _refuse_hidden(source, here)
         missing = str(error.name)
@@ -90,6 +91,8 @@ def _load_module(source: str, name: str, here: str, base: Path | None) -> Module
         raise ConfigError(f"{here}: there is no module {missing!r}{hint}") from error
     except (Exception, SystemExit) as error:  # importing runs anybody's code
         raise ConfigError(f"{here}: importing {source!r} failed: {type(error).__name__}: {error}") from error
+    _refuse_hidden(source, here)
+    return module
 
 
 def _refuse_hidden(source: str, here: str) -> None:
@@ -132,12 +135,23 @@ def _load_file(source: str, here: str, base: Path | None) -> ModuleType:
         raise ConfigError(f"{here}: {path} cannot be read as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # its neighbours can be imported; last, so that they hide nothing
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # importing runs anybody's code
         del sys.modules[name]
-        raise ConfigError(f"{here}: importing {path} failed: {type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{here}: importing {path}{_line(error, path)} failed: {told}") from error
     return module
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """Where in a file an error arose: ", line 3", or "" if not in it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f", line {lines[-1]}," if lines else ""
 
 
 def absolute(use: str, base: Path | None) -> str:
@@ -146,6 +160,23 @@ def absolute(use: str, base: Path | None) -> str:
     if not (colon and source.endswith(".py")):
         return use
     return f"{_place(source, base) or source}:{name}"
+
+
+def canonical(use: str, group: str, base: Path | None) -> str:
+    """A `use` without a short name, and with the absolute path of a file."""
+    return absolute(names(group).get(use, use), base)
+
+
+def fingerprints(tables: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each plug-in file that these tables name by its absolute path."""
+    found: dict[str, str] = {}
+    for key, value in tables.items():
+        file = Path(value.rpartition(":")[0]) if key == "use" and isinstance(value, str) else Path()
+        if isinstance(value, Mapping):
+            found |= fingerprints(value)
+        elif file.suffix == ".py":
+            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def _public(module: ModuleType) -> list[str]:

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError
 
-from fedsim.config.plugins import ConfigError, closest, find, shown
+from fedsim.config.plugins import ConfigError, canonical, closest, find, shown
+from fedsim.randomness import seeding
 from fedsim.ranges import limits
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -35,19 +36,24 @@ class Recipe(NamedTuple):
     function: Callable[..., Any]
     arguments: dict[str, Any]  # values, and recipes for nested tables
     given: tuple[str, ...]  # arguments that the experiment fills in
+    table: dict[str, Any]  # the same as a table: no short names, and defaults written out as far as TOML can say them
 
     def make(self, context: Mapping[str, Any]) -> Any:
-        """What the callable returns."""
+        """What the callable returns; what it draws from the global generators depends on the seed alone."""
         arguments = {
             name: value.make(context) if isinstance(value, Recipe) else value for name, value in self.arguments.items()
         }
         try:
-            return self.function(**{name: context[name] for name in self.given}, **arguments)
+            with seeding(context.get("seed", 0), self.where):
+                return self.function(**{name: context[name] for name in self.given}, **arguments)
         except ConfigError:
             raise
+        except ConnectionError as error:  # nothing is wrong with the experiment
+            raise ConnectionError(f"{self.where}: {self.use}: {error}") from error
         except Exception as error:  # the callable may be anybody's
             plain = isinstance(error, ValueError | OSError) and str(error)
             told = str(error) if plain else f"{type(error).__name__}: {error}"
+            told = told.removeprefix(f"{self.use.rpartition(':')[2]}: ")  # some say their name themselves
             raise ConfigError(f"{self.where}: {self.use}: {told}") from error
 
 
@@ -62,6 +68,7 @@ def recipe(table: Any, where: str, group: str, fills: Sequence[str], base: Path 
     function = find(use, group, f"{where}.use", base)
     parameters, hints, anything = _parameters(function, f"{where}.use = {shown(use)}")
     arguments: dict[str, Any] = {}
+    written: dict[str, Any] = {"use": canonical(use, group, base)}
     for key, value in table.items():
         if key == "use":
             continue
@@ -70,14 +77,32 @@ def recipe(table: Any, where: str, group: str, fills: Sequence[str], base: Path 
             near = closest(key, parameters) if closest(key, parameters).endswith("?") else ""
             raise ConfigError(f"{where}.{key} = {shown(value)}: {use} takes {takes}; unknown key {key}{near}")
         if isinstance(value, Mapping) and "use" in value:
-            arguments[key] = recipe(value, f"{where}.{key}", group, fills, base)
+            inner = arguments[key] = recipe(value, f"{where}.{key}", group, fills, base)
+            written[key] = inner.table
         else:
-            arguments[key] = _value(value, hints.get(key, Any), f"{where}.{key}")
+            found = arguments[key] = _value(value, hints.get(key, Any), f"{where}.{key}", base)
+            written[key] = str(found) if isinstance(found, Path) else value
     given = tuple(name for name in fills if name in parameters and name not in arguments)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments and name not in given:
             raise ConfigError(f"{where}.{name} is missing: {use} needs it ({describe(hints.get(name, Any))})")
-    return Recipe(where, str(use), function, arguments, given)
+        if name not in arguments and name not in given and _sayable(parameter.default, hints.get(name, Any)):
+            written[name] = _plain(parameter.default)
+    return Recipe(where, str(use), function, arguments, given, written)
+
+
+def _plain(value: Any) -> Any:
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _sayable(default: Any, hint: Any) -> bool:
+    """Whether a default is the same after it was written into an experiment and read again."""
+    if unfit(default) or (isinstance(default, Mapping) and "use" in default):
+        return False
+    try:
+        return bool(_value(_plain(default), hint, "", None) == default)
+    except ConfigError:
+        return False
 
 
 def _parameters(function: Callable[..., Any], here: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
@@ -99,11 +124,18 @@ def _parameters(function: Callable[..., Any], here: str) -> tuple[dict[str, insp
     return parameters, hints, anything
 
 
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """The value as the type hint wants it, strictly: no string becomes a number."""
+def _value(value: Any, hint: Any, where: str, base: Path | None) -> Any:
+    """The value as the type hint wants it, strictly: no string becomes a number.
+
+    A path is made absolute: it is relative to `base`, the experiment's folder, if it exists there, and else to the
+    current one.
+    """
     here = f"{where} = {shown(value)}"
     if reason := unfit(value):
         raise ConfigError(f"{here}: must be {describe(hint)}, but {reason}")
+    if isinstance(value, str) and (hint is Path or Path in get_args(hint)):
+        places = [folder / value for folder in (base, Path.cwd()) if folder is not None]
+        return next((place for place in places if place.exists()), places[-1]).resolve()
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
         return adapter.validate_json(json.dumps(value))

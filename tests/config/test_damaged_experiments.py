@@ -145,7 +145,7 @@ def unknown_keys(name: str, tables: Tables) -> Iterator[Damage]:
 
 def missing(name: str, tables: Tables) -> Iterator[Damage]:
     for path in branches(tables):
-        if path != ("clients",):
+        if path not in [("clients",), ("split",)]:  # for a split there is a default
             place = ".".join(path)
             yield Damage(f"{name}: no {place}.use", altered(tables, (*path, "use"), MISSING), (place, "use"))
     for key in ("name", "rounds", "data", "partition", "model", "strategy", "clients"):
@@ -255,6 +255,10 @@ def contradictions(name: str, tables: Tables) -> Iterator[Damage]:
         ({"engine": {"use": "plain.py:fails"}}, ("engine", "KeyError: 'lost'")),
         ({"clients": {"trian": {"use": "sgd", "lr": 0.1}}}, ("clients.train is missing", "clients.trian")),
         ({"clients": {"train": {"use": "evaluate", "lr": 0.1}}}, ("clients.train.lr = 0.1", "unknown key lr")),
+        (
+            {"clients": {"train": {"use": "sgd", "lr": 0.1}, "trian": {"lr": 1}}},
+            ("clients.trian.use is missing", "did you mean train?"),
+        ),
         ({"clients": {}}, ("clients = {}", "must be")),
         (
             {"data": {"use": "gaussians", "examples": 60, "test": 0.0}, "split": {"use": "plain.py:split"}},

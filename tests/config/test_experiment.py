@@ -1,6 +1,7 @@
 """Experiments: read, changed, resolved, put together."""
 
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import tomli_w
 
 from clients.sgd import Sgd
-from fedsim.config import ConfigError, Experiment, assemble, bundled, locate, read
+from fedsim.config import ConfigError, Experiment, assemble, bundled, locate, read, resolve
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.evaluation import Evaluate
 from strategies.fedopt import FedOpt
@@ -173,3 +174,18 @@ def test_no_data_is_read_when_a_later_table_is_wrong(tmp_path):
         assemble(changed(f"data={{use='{tmp_path}/mine.py:data'}}", "engine.surplus=1"))
     with pytest.raises(ConfigError, match="the data was read"):
         assemble(changed(f"data={{use='{tmp_path}/mine.py:data'}}"))
+
+
+def test_a_split_that_names_nothing_divides(tmp_path):
+    experiment = read(TABLES | {"split": {"test": 0.5}})[0]
+    assert experiment.split == {"use": "fedsim.data.federation:divide", "test": 0.5}
+    assert assemble(experiment).federation.sizes("test").sum() > 0
+
+
+def test_a_resolved_experiment_leaves_nothing_to_be_looked_up_and_resolves_to_itself():
+    experiment = resolve(changed("strategy.use=fedopt", "model={use='mlp', hidden=[3]}"))
+    assert experiment.strategy == {"use": "strategies.fedopt:FedOpt"} | asdict(FedOpt())
+    assert experiment.clients["train"]["momentum"] == 0
+    assert experiment.clients["evaluate"]["batch_size"] == 256
+    assert not {"seed", "federation", "num_classes"} & experiment.model.keys()
+    assert resolve(read(tomllib.loads(experiment.toml()))[0]) == experiment

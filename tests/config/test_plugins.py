@@ -8,7 +8,7 @@ import pytest
 
 import clients.sgd
 from fedsim import networks, sampling
-from fedsim.config import ConfigError, find, names
+from fedsim.config import ConfigError, find, fingerprints, names
 from fedsim.config.plugins import absolute, closest, shown
 
 PLUGIN = """
@@ -57,7 +57,7 @@ def test_a_short_name_is_an_entry_point_of_its_group(short, group, target):
 def test_every_short_name_leads_to_something_callable():
     groups = [
         f"fedsim.{part}"
-        for part in ["strategies", "clients", "datasets", "partitions", "models", "samplers", "engines"]
+        for part in ["strategies", "clients", "datasets", "partitions", "splits", "models", "samplers", "engines"]
     ]
     assert all(names(group) for group in groups)
     for group in groups:
@@ -102,7 +102,7 @@ def test_what_a_file_defines_knows_its_module(file):
 
 def test_a_file_that_fails_leaves_no_module_behind(tmp_path):
     (tmp_path / "fails.py").write_text("raise RuntimeError('by design')")
-    with pytest.raises(ConfigError, match="importing .*fails.py failed: RuntimeError: by design"):
+    with pytest.raises(ConfigError, match="importing .*fails.py, line 1, failed: RuntimeError: by design"):
         find("fails.py:x", "", "model.use", tmp_path)
     assert not [name for name in sys.modules if name.startswith("fedsim_plugin_fails")]
 
@@ -114,8 +114,9 @@ def test_a_file_that_ends_the_program_when_imported_is_an_error(tmp_path):
 
 
 def test_a_module_that_lies_here_as_a_file_is_pointed_out(file, tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no module 'mine'; for the file write 'mine.py:make'"):
-        find("mine:make", "", "model.use", tmp_path)
+    file.rename(tmp_path / "apart.py")
+    with pytest.raises(ConfigError, match=r"there is no module 'apart'; for the file write 'apart.py:make'"):
+        find("apart:make", "", "model.use", tmp_path)
 
 
 def test_a_mistyped_name_is_recognised():
@@ -153,14 +154,15 @@ def test_a_long_value_is_shown_in_part():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "hides fedsim's own package 'strategies'"),  # an empty __init__.py: the module is missing
-        (None, None),  # a folder that is no package hides nothing
+        ({"__init__.py": ""}, "hides fedsim's own package 'strategies'"),  # the module is missing
+        ({"__init__.py": "", "fedavg.py": "class FedAvg: ..."}, "hides fedsim's own package 'strategies'"),
+        ({}, None),  # a folder that is no package hides nothing
     ],
 )
 def test_a_users_folder_that_hides_ours_is_named(content, told, tmp_path):
     (tmp_path / "strategies").mkdir()
-    if content is not None:
-        (tmp_path / "strategies" / "__init__.py").write_text(content)
+    for name, text in content.items():
+        (tmp_path / "strategies" / name).write_text(text)
     program = (
         "from fedsim.config import find, ConfigError\n"
         "try: print(find('fedavg', 'fedsim.strategies', 'strategy.use').__name__)\n"
@@ -171,3 +173,28 @@ def test_a_users_folder_that_hides_ours_is_named(content, told, tmp_path):
     if told:
         assert str(tmp_path / "strategies") in done.stdout
         assert "rename it, or start fedsim from another folder" in done.stdout
+
+
+def test_a_file_may_import_its_neighbour_which_hides_nothing(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("def make(): return 'neighbour'")
+    (tmp_path / "tomllib.py").write_text("def make(): return 'hides'")
+    (tmp_path / "near.py").write_text("from neighbour_of_mine import make\nimport tomllib\nloads = tomllib.loads\n")
+    assert find("near.py:make", "", "model.use", tmp_path)() == "neighbour"
+    assert find("near.py:loads", "", "model.use", tmp_path)("a = 1") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [("import json\n\njson.loads('{')", 3), ("x = 1\ndef thing(:", 2), ("def f():\n  1/0\nf()", 2)]
+)
+def test_a_file_that_fails_is_told_with_the_line(content, line, tmp_path):
+    (tmp_path / "fails.py").write_text(content)
+    with pytest.raises(ConfigError, match=f"importing .*fails.py, line {line}, failed: "):
+        find("fails.py:x", "", "model.use", tmp_path)
+
+
+def test_plug_in_files_have_fingerprints_that_change_with_them(file):
+    tables = {"a": {"use": f"{file}:make", "b": {"use": "fedsim.networks:mlp"}}, "c": 1}
+    before = fingerprints(tables)
+    assert before == fingerprints(tables) and list(before) == [str(file)]
+    file.write_text(PLUGIN + "\n")
+    assert fingerprints(tables) != before

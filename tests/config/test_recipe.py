@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
 import pytest
 import torch
 from annotated_types import Ge, Lt
@@ -20,6 +21,7 @@ PLUGIN = """
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedsim.ranges import Count, Positive, checked
@@ -52,6 +54,23 @@ def wraps(inner: Sampler, width: Count = 1):
 
 def needs(model, federation):
     return model, federation
+
+def network():
+    from torch import nn
+    return nn.Linear(3, 2).weight.detach()
+
+def noise():
+    import numpy as np
+    return np.random.rand(3).tolist()
+
+def reads(path: Path | None = None, kinds: tuple[str, ...] = ("a",), limit: float = float("inf"), odd: int = "all"):
+    return path
+
+def loses():
+    raise ConnectionResetError("nobody answered")
+
+def repeats():
+    raise ValueError("repeats: once is enough")
 
 def positional(size, /):
     return size
@@ -211,7 +230,10 @@ def test_an_argument_that_can_only_be_given_by_position_is_an_error_when_it_is_m
         ("all", Count | Literal["all"], "all"),
         (True, bool, True),
         ({"a": 1}, dict[str, int], {"a": 1}),
-        ("x", Path, Path("x")),
+        ("x", Path, Path.cwd() / "x"),
+        ("x", Path | None, Path.cwd() / "x"),
+        ("x", str | Path | None, Path.cwd() / "x"),
+        ("x", str, "x"),
         (5, Any, 5),
         ({"deep": [{"er": 1}]}, Any, {"deep": [{"er": 1}]}),
     ],
@@ -281,3 +303,57 @@ def test_what_toml_can_write_is_fit():
 )
 def test_types_are_described_in_words(hint, words):
     assert describe(hint) == words
+
+
+@pytest.mark.parametrize("function", ["network", "noise"])
+def test_what_a_callable_draws_from_the_global_generators_depends_on_the_seed_and_the_table_alone(function, folder):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    made = read(folder, function)
+    first = made.make({"seed": 7})
+    torch.rand(5)
+    np.random.rand(5)
+    drawn = torch.get_rng_state()
+    again, other = made.make({"seed": 7}), made.make({"seed": 8})
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    elsewhere = recipe({"use": f"mine.py:{function}"}, "elsewhere", "", (), folder).make({"seed": 7})
+    assert not np.array_equal(first, elsewhere)
+
+
+def test_a_path_is_that_of_a_file_beside_the_experiment_and_else_in_the_current_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    for place in (folder / "both.csv", tmp_path / "current" / "both.csv", tmp_path / "current" / "one.csv"):
+        place.touch()
+    assert read(folder, "reads", path="both.csv").make({}) == folder / "both.csv"
+    assert read(folder, "reads", path="one.csv").make({}) == tmp_path / "current" / "one.csv"
+    assert read(folder, "reads", path="none.csv").make({}) == tmp_path / "current" / "none.csv"
+    assert read(folder, "reads", path="both.csv").table["path"] == str(folder / "both.csv")
+
+
+def test_a_resolved_table_has_what_is_given_and_the_defaults_that_toml_can_say_and_that_are_allowed(folder):
+    assert read(folder, "reads").table == {"use": f"{folder}/mine.py:reads", "kinds": ["a"]}
+    assert read(folder, "Child", lr=1).table == {"use": f"{folder}/mine.py:Child", "lr": 1, "kind": "a"}
+    assert read(folder, "Child", lr=1, seed=5).table["seed"] == 5
+    inner = recipe(
+        {"use": "dropout", "sample": {"use": "everyone"}, "probability": 0.5},
+        "s",
+        "fedsim.samplers",
+        ["num_clients", "seed"],
+    )
+    assert inner.table == {
+        "use": "fedsim.sampling:dropout",
+        "sample": {"use": "fedsim.sampling:everyone"},
+        "probability": 0.5,
+    }
+
+
+def test_a_lost_connection_is_no_mistake_in_the_table(folder):
+    with pytest.raises(ConnectionError, match="^part: mine.py:loses: nobody answered$"):
+        read(folder, "loses").make({})
+
+
+def test_a_name_that_a_message_begins_with_is_not_said_twice(folder):
+    with pytest.raises(ConfigError, match="^part: mine.py:repeats: once is enough$"):
+        read(folder, "repeats").make({})
