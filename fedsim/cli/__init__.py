@@ -3,12 +3,9 @@
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 """
 
-import logging
 import os
 import sys
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +14,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fedsim import config, doctor
-from fedsim.config import ConfigError
+from fedsim.cli.endings import ending, out, reading
 from fedsim.job import Result
 from fedsim.launch import resume as resume_run
 from fedsim.launch import run as run_experiment
@@ -31,13 +27,10 @@ from fedsim.report import compare as compare_runs
 from fedsim.report import write_report
 from fedsim.report.comparison import as_table
 from fedsim.runs import Run
-from fedsim.simulation import TooFewReplies
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="The data sets, and how experiments divide them.")
 app.add_typer(data, name="data")
-out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, like strategy.lr=0.1.")]
 Root = Annotated[Path, typer.Option("--out", help="Folder under which the run's directory is made.")]
@@ -47,69 +40,14 @@ TrackerName = Annotated[str | None, typer.Option("--tracker", help="tensorboard,
 FullTrace = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
-class Warnings(logging.Handler):
-    """Shows what the library warns of, in plain words."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        errors.print(f"Warning: {record.getMessage()}")
-
-
 @app.callback(invoke_without_command=True)
 def fedsim(
-    told: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    shown: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """Simulates federated learning."""
-    if told:
+    if shown:
         out.print(f"fedsim {version('fedsim')}")
         raise typer.Exit
-
-
-@contextmanager
-def _told(full: bool = False) -> Iterator[None]:
-    """Shows warnings, and turns what goes wrong into a message and an exit code."""
-    warnings = Warnings(logging.WARNING)
-    logger = logging.getLogger("fedsim")
-    logger.addHandler(warnings)
-    try:
-        with _exits(full):
-            yield
-    finally:
-        logger.removeHandler(warnings)
-
-
-@contextmanager
-def _exits(full: bool) -> Iterator[None]:
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except ConfigError as error:
-        if full:
-            errors.print(traceback.format_exc().rstrip())
-        errors.print(f"Error: {error}")
-        raise typer.Exit(2) from None
-    except ConnectionError as error:
-        if full:
-            errors.print(traceback.format_exc().rstrip())
-        errors.print("\n".join([f"Error: {error}", *_notes(error)]))
-        raise typer.Exit(1) from None
-    except TooFewReplies as error:
-        if full:
-            errors.print(traceback.format_exc().rstrip())
-        errors.print("\n".join([f"The run failed: {error}", *_notes(error)]))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as error:
-        errors.print("\n".join(["Interrupted.", *_notes(error)]))
-        raise typer.Exit(130) from None
-    except Exception as error:
-        errors.print(traceback.format_exc().rstrip())
-        errors.print(f"The run failed: {type(error).__name__}: {error}")
-        raise typer.Exit(1) from None
-
-
-def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
 
 
 @app.command()
@@ -124,7 +62,7 @@ def run(
     full: FullTrace = False,
 ) -> None:
     """Run an experiment, write its report, and say where it is."""
-    with _told(full):
+    with ending(full):
         results = []
         for seed in seeds if seeds else [None]:
             told = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
@@ -142,8 +80,8 @@ def resume(
     full: FullTrace = False,
 ) -> None:
     """Go on with a run from its last checkpoint."""
-    with _told(full):
-        with _reading():
+    with ending(full):
+        with reading():
             Run.open(path)
         _closing(resume_run(path, rounds=rounds, tracker=tracker, display=display))
 
@@ -151,7 +89,7 @@ def resume(
 @app.command()
 def report(path: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Write a run's report again: index.html, summary.md and plots."""
-    with _told(), _reading():
+    with ending(), reading():
         out.print(str(write_report(path)))
 
 
@@ -161,7 +99,7 @@ def compare(
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and the plot.")] = None,
 ) -> None:
     """Set runs side by side, with means and spreads over seeds."""
-    with _told(), _reading():
+    with ending(), reading():
         _print_comparison(runs, folder)
 
 
@@ -182,7 +120,7 @@ def doctor_(
     changes: Changes = None,
 ) -> None:
     """Versions, devices, memory, and what would run where."""
-    with _told():
+    with ending():
         told = doctor.machine() + (doctor.outlook(experiment, changes or []) if experiment else [])
         _print_rows(("", ""), told)
 
@@ -190,14 +128,14 @@ def doctor_(
 @data.command("list")
 def data_list() -> None:
     """The data sets, and whether their files are here."""
-    with _told():
+    with ending():
         _print_rows(("name", "files", "source"), doctor.data_sets())
 
 
 @data.command("fetch")
 def data_fetch(names: Annotated[list[str], typer.Argument(help="Names of data sets.")]) -> None:
     """Fetch data sets from their publishers into the cache."""
-    with _told(), _reading():
+    with ending(), reading():
         for name in names:
             out.print(f"{name}: {doctor.fetch(name)}")
 
@@ -210,20 +148,11 @@ def data_describe(
     plot: Annotated[Path | None, typer.Option(help="Where to draw it, a .png, .svg or .pdf file.")] = None,
 ) -> None:
     """How an experiment's partition came out: sizes, label and group shares by client."""
-    with _told(), _reading():
+    with ending(), reading():
         rows, drawn = doctor.partition(experiment, changes or [], column, plot)
         _print_rows(("", ""), rows)
         if drawn:
             out.print(str(drawn))
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """What cannot be read is bad input."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def _closing(result: Result) -> None:
@@ -276,7 +205,3 @@ def _spread_out(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """The command `fedsim`."""
     app(args=_spread_out(sys.argv[1:]), prog_name="fedsim")
-
-
-if __name__ == "__main__":
-    main()
