@@ -62,16 +62,20 @@ def weighted(
 ) -> Sampler:
     """As `uniform`, but a client is the likelier the more training examples it has; never one without any.
 
+    A strategy that also averages by number of examples, as FedAvg does, then counts size twice.
+
     Drawn without replacement, one after the other in proportion to size (Efraimidis, Spirakis, "Weighted random
     sampling with a reservoir", 2006).
     """
     size = _size(federation.num_clients, fraction, count)
     sizes = federation.sizes()
+    inhabited = np.flatnonzero(sizes)
 
     def sample(round: int, among: Ids | None = None) -> Draw:
-        pool = np.flatnonzero(sizes) if among is None else among[sizes[among] > 0]
+        pool = inhabited if among is None else among[sizes[among] > 0]
         waiting = rng(seed, "weighted", round).exponential(size=federation.num_clients)[pool] / sizes[pool]
-        return Draw(np.sort(pool[np.argsort(waiting, kind="stable")[:size]]).tolist())
+        first = np.argpartition(waiting, size - 1)[:size] if size < len(pool) else np.arange(len(pool))
+        return Draw(np.sort(pool[first]).tolist())
 
     return sample
 
@@ -105,12 +109,13 @@ def available(
     num_clients: Count,
     seed: Natural = 0,
     probability: Probability | None = None,
-    trace: str | None = None,
+    trace: Path | str | None = None,
 ) -> Sampler:
     """Draws only from the clients that are there.
 
     Either each client is there with a `probability` in each round, or a `trace` says when: a CSV file with the columns
-    client, first, last, a line for each span of rounds (both ends included) in which a client is there.
+    client, first, last, a line for each span of rounds (both ends included) in which a client is there. One such
+    wrapper inside another needs another seed, or both draw the same.
     """
     if (probability is None) == (trace is None):
         raise ValueError(f"give either probability or trace, got probability = {probability} and trace = {trace}")

@@ -53,9 +53,18 @@ def test_its_client_keeps_the_promises(folder):
 
 def test_the_first_experiment_and_the_call_from_python_run(folder):
     first = fedsim.run("first.toml", changes=["rounds=2"])
-    assert [line["round"] for line in first.metrics] == [1, 2]
+    assert [line["round"] for line in first.metrics] == [1, 2] and first.last("clients/accuracy") > 0
     example = next(block for block in blocks("python") if "fedsim.run" in block).replace("rounds=10", "rounds=1")
     exec(example)
+    loop = next(block for block in blocks("python") if "fedsim.rounds" in block)
+    exec(loop, {"fedsim": fedsim})
+
+
+def test_a_data_set_of_ones_own_is_a_function(folder):
+    (folder / "data.py").write_text(next(block for block in blocks("python") if block.startswith("# data.py")))
+    result = fedsim.run("first.toml", changes=["data.use=data.py:stripes", "rounds=2"])
+    assert result.last("clients/accuracy") > 0.3
+    assert '"middle"' in (result.path / "evaluation.json").read_text()
 
 
 def test_what_it_says_of_a_mistake_is_what_is_said(folder):

@@ -21,6 +21,12 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for which, columns in (("columns", self.columns), ("test", self.test)):
+            for name, column in columns.items():
+                if not isinstance(column, Tensor):
+                    kind = type(column).__name__
+                    raise TypeError(f"{self.name}: column {name!r} of {which} must be a torch.Tensor, got a {kind}")
+            if "mask" in columns:
+                raise ValueError(f"{self.name}: no column of {which} may be called 'mask', which marks padding")
             lengths = {name: len(column) for name, column in columns.items()}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"{self.name}: the {which} must be equally long, got {lengths}")

@@ -23,6 +23,7 @@ _COLOURS = (
     *("#eeca3b", "#b279a2", "#ff9da6", "#9d755d", "#79706e"),
 )
 _GROUP_COLOURS = ("#2f6f73", "#e0a458", "#8e6c8a", "#c8553d", "#b7b7a4", *_COLOURS[:5])
+_VALUES = 20  # of a column without names that are told apart
 _REST = "#d8d5d2"
 _INK = "#3b3b3b"
 
@@ -130,6 +131,9 @@ def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints]
     if cells.ndim != 1 or not np.issubdtype(cells.dtype, np.integer) or cells.min(initial=0) < 0:
         raise ValueError(f"column {column!r} must hold one integer from 0 for each example, got {cells.dtype}")
     names = federation.names.get(column, ())
+    if not names:  # they may be few and far between, such as years or the numbers of users
+        values, cells = _most(cells)
+        names = values
     number = max(len(names), int(cells.max(initial=0)) + 1)
     sizes = federation.bounds[:, -1] - federation.bounds[:, 0]
     client = np.repeat(np.arange(len(sizes)), sizes)
@@ -138,6 +142,17 @@ def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints]
     keys = client * number + cells[federation.rows[place]]
     counts = np.bincount(keys, minlength=len(sizes) * number).reshape(-1, number)
     return (*names, *(str(value) for value in range(len(names), number))), counts
+
+
+def _most(cells: Ints) -> tuple[tuple[str, ...], Ints]:
+    """The values that occur, the most frequent _VALUES of them if they are more, and which each example has."""
+    values, codes, counts = np.unique(cells, return_inverse=True, return_counts=True)
+    if len(values) <= _VALUES:
+        return tuple(map(str, values)), codes
+    kept = np.sort(np.argsort(-counts, kind="stable")[:_VALUES])
+    place = np.full(len(values), _VALUES)
+    place[kept] = np.arange(_VALUES)
+    return (*map(str, values[kept]), f"{len(values) - _VALUES} others"), place[codes]
 
 
 def _shares(counts: Ints, axis: int) -> Floats:

@@ -159,7 +159,7 @@ def _download(source: Source, url: str) -> bytes:
     try:
         pooch.HTTPDownloader(progressbar=False)(url, buffer, None)
     except OSError as error:  # all that requests raises is an OSError
-        raise ConnectionError(f"{url} could not be fetched ({error}). {_remedy(source)}") from error
+        raise ConnectionError(f"{url} could not be fetched. {_remedy(source)} ({error})") from error
     return buffer.getvalue()
 
 

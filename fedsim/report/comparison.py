@@ -60,6 +60,7 @@ def _compared(records: Sequence[RunRecord]) -> Comparison:
     differing = tuple(
         key for key in dict.fromkeys(k for t in tables for k in t) if len({t.get(key) for t in tables}) > 1
     )
+    differing = tuple(sorted(differing, key=lambda key: not _tells_apart(key, groups, tables)))  # these come first
     names = main({name for group in groups for record in group for name in measured(record)})
     measures = [name for name in ("test/accuracy", "clients/accuracy") if name in names] or names[:2]
     rows = tuple(
@@ -73,14 +74,28 @@ def _compared(records: Sequence[RunRecord]) -> Comparison:
     return Comparison(rows, differing, columns, tuple(curve for curve in curves if len(curve.rounds)), tuple(repeated))
 
 
+def _tells_apart(key: str, groups: Sequence[Sequence[RunRecord]], tables: Sequence[dict[str, str]]) -> bool:
+    """Whether experiments of the same name differ in this setting."""
+    values: dict[str, set[str | None]] = {}
+    for group, table in zip(groups, tables, strict=True):
+        values.setdefault(group[0].name, set()).add(table.get(key))
+    return any(len(found) > 1 for found in values.values())
+
+
+def _short(value: str) -> str:
+    """A setting as it is shown: of a plug-in's file, the name without its folder."""
+    return Path(value).name if ".py:" in value else value
+
+
 def as_table(comparison: Comparison) -> Table:
     """The rows as text, of the settings only the first six."""
     shown = comparison.settings[:_SETTINGS]
-    header = ("experiment", *shown, *(label(name) for name in comparison.columns), "seeds")
+    measured = ("rounds done" if name == "rounds" else label(name) for name in comparison.columns)
+    header = ("experiment", *shown, *measured, "seeds")
     rows = tuple(
         (
             row.name,
-            *(row.settings.get(key, NONE) for key in shown),
+            *(_short(row.settings.get(key, NONE)) for key in shown),
             *(_cell(column, row) for column in comparison.columns),
             f"n={row.n}",
         )

@@ -90,3 +90,17 @@ def test_figures_are_drawn_with_groups_with_many_values_and_for_one_client(tmp_p
         path = tmp_path / f"{name}.png"
         draw(description, path)
         assert path.read_bytes().startswith(PNG)
+
+
+def test_values_that_are_few_and_far_between_are_told_by_what_they_are():
+    columns = {"year": torch.tensor([0, 2_000_000_000, 1_000_000_000, 2_000_000_000])}
+    found = describe(divide(Dataset("years", columns), Partition(np.arange(4), np.array([0, 2, 4]))), column="year")
+    assert found.values == ("0", "1000000000", "2000000000")
+    assert found.shares.tolist() == [[0.5, 0, 0.5], [0, 0.5, 0.5]]
+
+
+def test_of_many_values_the_most_frequent_are_told_apart():
+    column = torch.cat([torch.arange(100), torch.arange(20) * 5])  # every fifth value twice
+    found = describe(divide(Dataset("many", {"v": column}), Partition(np.arange(120), np.array([0, 120]))), column="v")
+    assert found.values == (*(str(5 * value) for value in range(20)), "80 others")
+    assert found.pooled.tolist() == pytest.approx([2 / 120] * 20 + [80 / 120])

@@ -279,3 +279,10 @@ def test_without_examples_there_are_no_steps(sizes):
 
 def test_a_single_example_is_one_step_of_one():
     assert schedule(np.array([1]), 3, 8, 0, 1, [4]).tolist() == [[[0]] * 3]
+
+
+def test_a_column_must_be_a_tensor_and_not_be_called_mask():
+    with pytest.raises(TypeError, match="numbers: column 'x' of columns must be a torch.Tensor, got a ndarray"):
+        Dataset("numbers", {"x": np.arange(3)})
+    with pytest.raises(ValueError, match="no column of columns may be called 'mask'"):
+        Dataset("numbers", {"mask": torch.ones(3)})

@@ -200,7 +200,7 @@ def test_a_connection_that_breaks_off_leaves_nothing_behind(publisher, cache):
 
 def test_a_file_that_the_publisher_lacks_and_a_publisher_out_of_reach_are_told_with_a_remedy(publisher, cache):
     with pytest.raises(
-        ConnectionError, match=r"could not be fetched \(404.*Set FEDSIM_DATA to a folder that has pair/"
+        ConnectionError, match=r"could not be fetched. Set FEDSIM_DATA to a folder that has pair/.*\(404"
     ):
         load(ARCHIVED)
     publisher.server.server_close()

@@ -110,7 +110,7 @@ def test_the_table_is_written_as_markdown_and_the_curves_as_a_plot(tmp_path):
     assert f"| digits | 1.0 | 0.750 ± {0.05 * math.sqrt(2):.3f} |".replace("1.0", "1") in text
     assert "n=2" in text
     assert [cell for cell in as_table(found).header] == [
-        *("experiment", "clients.train.lr", "Test accuracy", "best", "rounds", "seconds", "bytes", "seeds")
+        *("experiment", "clients.train.lr", "Test accuracy", "best", "rounds done", "seconds", "bytes", "seeds")
     ]
     assert compare([tmp_path / "runs"]).rows == found.rows  # a directory of runs
 
@@ -128,3 +128,15 @@ def test_nothing_to_compare_is_refused(tmp_path):
         compare([])
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         compare([tmp_path])
+
+
+def test_what_tells_experiments_of_one_name_apart_comes_first_and_files_go_by_their_name(tmp_path):
+    found = compare(
+        [
+            make(tmp_path / "a", [0.5], lr=0.1),
+            make(tmp_path / "b", [0.5], lr=0.2),
+            make(tmp_path / "c", [0.5], lr=0.1, name="mine", extra='[strategy]\nuse = "/home/me/mine.py:Median"'),
+        ]
+    )
+    assert found.settings == ("clients.train.lr", "strategy.use")
+    assert [row[2] for row in as_table(found).rows] == ["–", "–", "mine.py:Median"]
