@@ -32,11 +32,6 @@ class Prox(Client):
     lr: Positive
     mu: NonNegative = 0.01
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether the model has dropout."""
-        return self.model.stochastic
-
     @cached_property
     def optimiser(self) -> Optimiser:
         """The rule of a step."""

@@ -25,11 +25,6 @@ class LossThenSgd(Client):
     model: Model
     lr: Positive
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether the model has dropout."""
-        return self.model.stochastic
-
     @cached_property
     def optimiser(self) -> Optimiser:
         """The rule of a step."""

@@ -35,11 +35,6 @@ class ControlledSgd(Client):
     model: Model
     lr: Positive
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether the model has dropout."""
-        return self.model.stochastic
-
     def personal(self, rng: torch.Generator) -> Tree:
         """c_k, zero at first."""
         return {"control": tree.map(torch.zeros_like, self.model.params)}

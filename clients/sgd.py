@@ -29,11 +29,6 @@ class Sgd(Client):
     momentum: Probability = 0.0
     weight_decay: NonNegative = 0.0
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether the model has dropout."""
-        return self.model.stochastic
-
     @cached_property
     def optimiser(self) -> Optimiser:
         """The rule of a step."""

@@ -35,8 +35,8 @@ class Client(ABC):
 
     @property
     def stochastic(self) -> bool:
-        """Whether `start`, `step` or `finish` draw random numbers, from torch's generator, which the engine seeds."""
-        return False
+        """Whether `start`, `step` or `finish` draw from torch's generator, which is seeded: as its model does."""
+        return bool(getattr(getattr(self, "model", None), "stochastic", False))
 
     def personal(self, rng: torch.Generator) -> Tree:
         """What a client keeps to itself, as it is before its first round."""
