@@ -92,7 +92,10 @@ def everyone(num_clients: Count) -> Sampler:
 
 @checked
 def dropout(sample: Sampler, probability: Probability, seed: Natural = 0) -> Sampler:
-    """Each client that was drawn fails to answer with this probability. The model was sent to it all the same."""
+    """Each client that was drawn fails to answer with this probability. The model was sent to it all the same.
+
+    One such wrapper around another needs another seed, or both lose the same clients.
+    """
 
     def draw(round: int, among: Ids | None = None) -> Draw:
         ids, dropped = sample(round, among)

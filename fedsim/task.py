@@ -18,46 +18,84 @@ Reduce = Literal["stack", "mean", "sum"]
 
 
 class Task(NamedTuple):
-    """What the server asks of its clients in one round."""
+    """What the server asks of its clients in one round.
 
-    action: str  # which of the experiment's clients runs: "train", "evaluate", "forget", ...
-    shared: Tree  # what every client receives
-    ids: Sequence[int] | None = None  # who; None: whom the sampler draws
-    round: int = 0  # stamped by the loop
-    reduce: Reduce = "stack"  # "stack": every client's update, leaves (C, ...); "mean": folded by weight, leaves (...);
-    # "sum": added up, leaves (...). Folding needs memory for one update, not for C of them.
+    Attributes:
+        action: which of the experiment's clients runs: "train", "evaluate", "forget", ...
+        shared: what every client receives.
+        ids: who; None: whom the sampler draws.
+        round: counted from 1, stamped by the loop.
+        reduce: what becomes of the updates. "stack": every client's own, leaves (C, ...); "mean": their mean by weight,
+            leaves (...); "sum": their sum, leaves (...). The last two need memory for one update, not for C of them.
+    """
+
+    action: str
+    shared: Tree
+    ids: Sequence[int] | None = None
+    round: int = 0
+    reduce: Reduce = "stack"
 
 
 class Cohort(NamedTuple):
-    """The C clients that take part."""
+    """The C clients that take part.
+
+    Attributes:
+        ids: who they are, each from 0 to N-1.
+        personal: what each of them kept, leaves (C, ...).
+    """
 
     ids: Sequence[int]
-    personal: Tree = {}  # leaves (C, ...): what each of them kept
+    personal: Tree = {}
 
 
 class Reply(NamedTuple):
-    """What one client answers."""
+    """What one client answers.
+
+    Attributes:
+        update: what is sent to the server, any tree.
+        weight: by what means over clients are weighted, those of updates and of metrics; (), usually the number of
+            examples.
+        personal: kept for this client, never sent; what is not in it stays unchanged.
+        metrics: numbers to write down, each (). The loop averages them by weight, as "<action>/<name>". Those of a
+            client that evaluates are sums over its examples instead, one of them "examples", by which the others are
+            divided.
+    """
 
     update: Tree
-    weight: Tensor  # (), usually the number of examples
-    personal: Tree = {}  # kept for this client, never sent; what is not in it stays unchanged
-    metrics: dict[str, Tensor] = {}  # each ()
+    weight: Tensor
+    personal: Tree = {}
+    metrics: dict[str, Tensor] = {}
 
 
 class Traffic(NamedTuple):
-    """Bytes that a real network would have carried."""
+    """Bytes that a real network would have carried.
+
+    Attributes:
+        down: from the server to clients.
+        up: from clients to the server.
+    """
 
     down: int = 0
     up: int = 0
 
 
 class Replies(NamedTuple):
-    """What a cohort answers."""
+    """What a cohort answers; C are those of its clients that did.
 
-    ids: list[int]  # those that answered, in the cohort's order
-    weight: Tensor  # (C,)
-    update: Tree  # leaves (C, ...), or folded as Task.reduce says; {} where nobody answered
-    personal: Tree = {}  # leaves (C, ...)
-    metrics: dict[str, Tensor] = {}  # each (C,)
-    failed: dict[int, str] = {}  # client id -> why it did not answer
+    Attributes:
+        ids: those that answered, in the cohort's order.
+        weight: (C,).
+        update: leaves (C, ...), or (...) where Task.reduce is "mean" or "sum"; {} where nobody answered.
+        personal: what they keep, leaves (C, ...).
+        metrics: each (C,).
+        failed: client id -> why it did not answer.
+        traffic: bytes to and from all that were asked.
+    """
+
+    ids: list[int]
+    weight: Tensor
+    update: Tree
+    personal: Tree = {}
+    metrics: dict[str, Tensor] = {}
+    failed: dict[int, str] = {}
     traffic: Traffic = Traffic()

@@ -53,8 +53,9 @@ def check_client(client: Client, shared: Tree, federation: Federation, seed: int
     Differences are measured against the largest number of a leaf, or 1: let `lr` be large enough to move the model.
 
     Raises:
-        TypeError: vmap cannot run the client, which branches on a tensor's value, say.
+        TypeError: the client is a class, not an object.
     """
+    _refuse_class(client, "client")
     ids = list(range(federation.num_clients))
     rows = torch.from_numpy(federation.rows)  # in this order a client's examples are a view, where a change shows
     columns = {name: column[rows] for name, column in federation.columns.items()}
@@ -81,6 +82,7 @@ def check_client(client: Client, shared: Tree, federation: Federation, seed: int
 
 def check_strategy(strategy: Strategy, params: Params, replies: Replies) -> None:
     """Raises AssertionError unless the strategy is pure and its state keeps its names, shapes and types."""
+    _refuse_class(strategy, "strategy")
     given, told = copy.deepcopy(params), _portrait(strategy)
     state = strategy.init(params)
     _equal(given, params, "init changed the parameters that it was given")
@@ -98,6 +100,11 @@ def check_strategy(strategy: Strategy, params: Params, replies: Replies) -> None
     again, _ = strategy.aggregate(state, task, replies)
     _equal(tree.flatten(after), tree.flatten(again), "aggregate gave two answers to the same replies")
     _unchanged(told, _portrait(strategy), "the strategy changed itself")
+
+
+def _refuse_class(plugin: object, name: str) -> None:
+    if isinstance(plugin, type):
+        raise TypeError(f"{name} must be an object, got the class {plugin.__name__}: pass {plugin.__name__}(...)")
 
 
 def _all_in(federation: Federation, split: str) -> NDArray[np.int64]:

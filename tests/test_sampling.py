@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedsim.data.federation import Federation
+from fedsim.randomness import rng
 from fedsim.sampling import Draw, available, dropout, everyone, read_trace, uniform, weighted
 
 ROUNDS = range(1, 4001)
@@ -132,6 +133,15 @@ def test_a_client_without_training_examples_is_never_drawn_even_if_too_few_are_l
     assert sample(1, np.array([0, 2])).ids == sample(1, np.array([], dtype=np.int64)).ids == []
 
 
+def test_those_are_drawn_that_a_full_sort_puts_first():
+    sizes = np.random.default_rng(0).integers(0, 50, 1000)
+    inhabited = np.flatnonzero(sizes)
+    for round in range(1, 20):
+        waiting = rng(3, "weighted", round).exponential(size=1000)[inhabited] / sizes[inhabited]
+        expected = np.sort(inhabited[np.argsort(waiting)[:40]]).tolist()
+        assert weighted(federation(*sizes), 3, count=40)(round).ids == expected
+
+
 # Everyone, and who is there
 
 
@@ -235,7 +245,7 @@ def test_availability_is_either_by_chance_or_by_trace():
 def test_a_trace_says_in_which_rounds_a_client_is_there_both_ends_included(tmp_path):
     path = trace(tmp_path, "0,1,3", "3,2,2", "0,5,6", "1,1,1000000", "1,3,4")
     spans = {0: [(1, 3), (5, 6)], 1: [(1, 10**6)], 3: [(2, 2)]}
-    sample = available(everyone(5), 5, trace=str(path))
+    sample = available(everyone(5), 5, trace=path)
     for round in range(1, 9):
         expected = [client for client, when in spans.items() if any(first <= round <= last for first, last in when)]
         assert sample(round).ids == expected

@@ -241,6 +241,14 @@ def test_a_client_that_branches_on_a_value_is_sent_to_sequential(classification)
         check(Branches(model=model, lr=0.1, batch_size=8), model, federation)
 
 
+def test_a_class_in_the_place_of_an_object_is_refused(classification):
+    model, federation = classification()
+    with pytest.raises(TypeError, match=r"client must be an object, got the class Sgd: pass Sgd\(...\)"):
+        check(Sgd, model, federation)
+    with pytest.raises(TypeError, match="strategy must be an object, got the class FedAvg"):
+        check_strategy(FedAvg, {"w": torch.zeros(4)}, replies(FedAvg()))
+
+
 def test_batch_norm_does_not_even_become_a_model():
     with pytest.raises(ValueError, match="use GroupNorm or LayerNorm"):
         Model(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))

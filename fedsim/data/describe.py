@@ -34,27 +34,20 @@ class Description:
 
     name: str
     column: str
-    values: tuple[str, ...]  # what the column's values 0, 1, ... are called
-    groups: tuple[str, ...]  # what the sensitive groups are called; () where there are none
+    values: tuple[str, ...]  # what the column's values are called: the 20 most frequent, then "<n> others" if there are
+    groups: tuple[str, ...]  # the sensitive groups likewise; () where there are none
     sizes: Ints  # (N, 3) examples for training, validation and testing
     shares: Floats  # (N, K) of each value in each client; 0 for a client without examples
     group_shares: Floats  # (N, G)
     pooled: Floats  # (K,) shares of each value over all clients
     pooled_groups: Floats  # (G,)
+    heterogeneity: float  # mean total variation distance of the clients' shares, of all values, to the pooled ones:
+    # 0 where all are alike, below 1. Clients without examples do not count.
 
     @property
     def examples(self) -> Ints:
         """Examples of each client, (N,)."""
         return np.asarray(self.sizes.sum(axis=1))
-
-    @property
-    def heterogeneity(self) -> float:
-        """Mean total variation distance of the clients' shares to the pooled ones: 0 where all are alike, below 1.
-
-        Clients without examples do not count.
-        """
-        inhabited = self.shares[self.examples > 0]
-        return float(np.abs(inhabited - self.pooled).sum(axis=1).mean() / 2) if len(inhabited) else 0.0
 
     def summary(self) -> dict[str, float]:
         """The main numbers by name."""
@@ -77,8 +70,8 @@ def describe(federation: Federation, column: str = "y") -> Description:
     """
     if not federation.num_clients:
         raise ValueError(f"{federation.name} has no clients")
-    values, counts = _counts(federation, column)
-    groups, group_counts = _counts(federation, "a") if "a" in federation.columns else ((), counts[:, :0])
+    values, counts, heterogeneity = _counts(federation, column)
+    groups, group_counts, _ = _counts(federation, "a") if "a" in federation.columns else ((), counts[:, :0], 0.0)
     return Description(
         federation.name,
         column,
@@ -89,6 +82,7 @@ def describe(federation: Federation, column: str = "y") -> Description:
         _shares(group_counts, axis=1),
         _shares(counts.sum(axis=0), axis=0),
         _shares(group_counts.sum(axis=0), axis=0),
+        heterogeneity,
     )
 
 
@@ -121,8 +115,8 @@ def draw(description: Description, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints]:
-    """What a column's values are called, and how often each client has each of them, (N, K)."""
+def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints, float]:
+    """What a column's values are called, how often each client has each of them, (N, K), and the heterogeneity."""
     if column not in federation.columns:
         raise ValueError(
             f"{federation.name} has no column {column!r}; there are {', '.join(sorted(federation.columns))}"
@@ -130,29 +124,38 @@ def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints]
     cells = federation.columns[column].numpy()
     if cells.ndim != 1 or not np.issubdtype(cells.dtype, np.integer) or cells.min(initial=0) < 0:
         raise ValueError(f"column {column!r} must hold one integer from 0 for each example, got {cells.dtype}")
-    names = federation.names.get(column, ())
-    if not names:  # they may be few and far between, such as years or the numbers of users
-        values, cells = _most(cells)
-        names = values
-    number = max(len(names), int(cells.max(initial=0)) + 1)
     sizes = federation.bounds[:, -1] - federation.bounds[:, 0]
     client = np.repeat(np.arange(len(sizes)), sizes)
     # Where each example stands in `rows`: its client's first place, and one further for each of that client's.
     place = np.arange(len(client)) + np.repeat(federation.bounds[:, 0] - (np.cumsum(sizes) - sizes), sizes)
-    keys = client * number + cells[federation.rows[place]]
-    counts = np.bincount(keys, minlength=len(sizes) * number).reshape(-1, number)
-    return (*names, *(str(value) for value in range(len(names), number))), counts
+    names = federation.names.get(column, ())
+    seen = np.concatenate([np.arange(len(names)), cells[federation.rows[place]]])  # each name once, then the examples
+    values, codes = np.unique(seen, return_inverse=True)  # they may be few and far between, as years are
+    codes = codes[len(names) :]
+    called, places = _most(values, np.bincount(codes, minlength=len(values)), names)
+    counts = np.bincount(client * len(called) + places[codes], minlength=len(sizes) * len(called))
+    return called, counts.reshape(len(sizes), len(called)), _distance(client, codes, sizes, len(values))
 
 
-def _most(cells: Ints) -> tuple[tuple[str, ...], Ints]:
-    """The values that occur, the most frequent _VALUES of them if they are more, and which each example has."""
-    values, codes, counts = np.unique(cells, return_inverse=True, return_counts=True)
-    if len(values) <= _VALUES:
-        return tuple(map(str, values)), codes
+def _most(values: Ints, counts: Ints, names: Sequence[str]) -> tuple[tuple[str, ...], Ints]:
+    """What the values are called, the rest of more than _VALUES together; and where among these each value stands."""
     kept = np.sort(np.argsort(-counts, kind="stable")[:_VALUES])
-    place = np.full(len(values), _VALUES)
-    place[kept] = np.arange(_VALUES)
-    return (*map(str, values[kept]), f"{len(values) - _VALUES} others"), place[codes]
+    places = np.full(len(values), len(kept))
+    places[kept] = np.arange(len(kept))
+    called = [names[value] if value < len(names) else str(value) for value in values[kept].tolist()]
+    return (*called, *([f"{len(values) - _VALUES} others"] if len(values) > _VALUES else [])), places
+
+
+def _distance(client: Ints, codes: Ints, sizes: Ints, number: int) -> float:
+    """The heterogeneity, from the shares that are not 0: of all clients and all values there may be too many."""
+    if not len(codes):
+        return 0.0
+    pairs, counts = np.unique(client * number + codes, return_counts=True)
+    owner, value = np.divmod(pairs, number)
+    pooled = np.bincount(codes, minlength=number)[value] / len(codes)
+    # A value that a client lacks adds its pooled share: all of them add up to 1, less those of the values that it has.
+    differences = np.abs(counts / sizes[owner] - pooled) - pooled
+    return float(differences.sum() / (sizes > 0).sum() + 1) / 2
 
 
 def _shares(counts: Ints, axis: int) -> Floats:
@@ -163,11 +166,12 @@ def _stack(
     axes: Axes, clients: Ints, names: tuple[str, ...], shares: Floats, pooled: Floats, colours: Sequence[str]
 ) -> None:
     """A bar of shares for each of these clients, and at the right end one for all clients together."""
-    kept = np.arange(len(names)) if len(names) <= len(colours) else np.sort(np.argsort(-pooled, kind="stable")[:9])
+    few = len(names) <= len(colours)  # of more than _VALUES the last is the rest
+    kept = np.arange(len(names)) if few else np.sort(np.argsort(-pooled[:_VALUES], kind="stable")[:9])
     table = np.concatenate([shares[clients], pooled[None]])  # (bars, K)
     layers = [(names[value], colour, table[:, value]) for value, colour in zip(kept, colours, strict=False)]
     if len(kept) < len(names):
-        layers.append((f"{len(names) - len(kept)} others", _REST, table.sum(axis=1) - table[:, kept].sum(axis=1)))
+        layers.append(("others", _REST, table.sum(axis=1) - table[:, kept].sum(axis=1)))
     gap = 0.4 + 0.03 * len(clients)
     place = np.append(np.arange(len(clients)), len(clients) + gap)
     base = np.zeros(len(table))

@@ -14,7 +14,7 @@ from fedsim.report.formats import NONE, amount, count, duration, measure, severa
 from fedsim.report.measures import label, main, measured
 from fedsim.report.palette import SERIES
 from fedsim.report.reading import RunRecord, find_runs, read_run
-from fedsim.report.rows import Curve, Row, average, grouped, settings, summary, titles
+from fedsim.report.rows import Curve, Row, average, by_file_name, grouped, separating, settings, summary, titles
 
 _SETTINGS = 6  # columns of settings in a table
 _CURVES = 16  # in a plot
@@ -25,7 +25,7 @@ class Comparison:
     """Experiments side by side."""
 
     rows: tuple[Row, ...]
-    settings: tuple[str, ...]  # in which they differ
+    settings: tuple[str, ...]  # in which they differ, first those that separate experiments of the same name
     columns: tuple[str, ...]  # measures at the end of the run, then "best", "rounds", "seconds", "bytes"
     curves: tuple[Curve, ...]  # of the first measure, for each experiment that has it
     repeated: tuple[Path, ...]  # left out, because a later run has the same experiment and seed
@@ -57,10 +57,9 @@ def compare(runs: Iterable[str | Path], out: str | Path | None = None) -> Compar
 def _compared(records: Sequence[RunRecord]) -> Comparison:
     groups, repeated = grouped(records)
     tables = [settings(group[0]) for group in groups]
-    differing = tuple(
-        key for key in dict.fromkeys(k for t in tables for k in t) if len({t.get(key) for t in tables}) > 1
-    )
-    differing = tuple(sorted(differing, key=lambda key: not _tells_apart(key, groups, tables)))  # these come first
+    differing = [key for key in dict.fromkeys(k for t in tables for k in t) if len({t.get(key) for t in tables}) > 1]
+    first = separating([group[0].name for group in groups], tables, differing)
+    differing.sort(key=lambda key: key not in first)
     names = main({name for group in groups for record in group for name in measured(record)})
     measures = [name for name in ("test/accuracy", "clients/accuracy") if name in names] or names[:2]
     rows = tuple(
@@ -71,20 +70,8 @@ def _compared(records: Sequence[RunRecord]) -> Comparison:
         average(name, group, measures[0]) for name, group in zip(titles(rows), groups, strict=True) if measures
     )
     columns = (*measures, *(("best",) if measures else ()), "rounds", "seconds", "bytes")
-    return Comparison(rows, differing, columns, tuple(curve for curve in curves if len(curve.rounds)), tuple(repeated))
-
-
-def _tells_apart(key: str, groups: Sequence[Sequence[RunRecord]], tables: Sequence[dict[str, str]]) -> bool:
-    """Whether experiments of the same name differ in this setting."""
-    values: dict[str, set[str | None]] = {}
-    for group, table in zip(groups, tables, strict=True):
-        values.setdefault(group[0].name, set()).add(table.get(key))
-    return any(len(found) > 1 for found in values.values())
-
-
-def _short(value: str) -> str:
-    """A setting as it is shown: of a plug-in's file, the name without its folder."""
-    return Path(value).name if ".py:" in value else value
+    curves = tuple(curve for curve in curves if len(curve.rounds))
+    return Comparison(rows, tuple(differing), columns, curves, tuple(repeated))
 
 
 def as_table(comparison: Comparison) -> Table:
@@ -95,7 +82,7 @@ def as_table(comparison: Comparison) -> Table:
     rows = tuple(
         (
             row.name,
-            *(_short(row.settings.get(key, NONE)) for key in shown),
+            *(by_file_name(row.settings.get(key, NONE)) for key in shown),
             *(_cell(column, row) for column in comparison.columns),
             f"n={row.n}",
         )

@@ -11,6 +11,7 @@ class Fact(NamedTuple):
     name: str
     value: str
     remark: str = ""
+    bad: bool = False  # something went wrong
 
 
 class Table(NamedTuple):

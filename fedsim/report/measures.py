@@ -8,7 +8,8 @@ import numpy as np
 
 from fedsim.report.reading import RunRecord
 
-BOOKKEEPING = frozenset({"round", "seconds", "clients", "failed", "bytes_down", "bytes_up"})
+_ROUND = ("round", "seconds", "clients", "failed", "bytes_down", "bytes_up")
+BOOKKEEPING = frozenset({*_ROUND, "evaluate/bytes_down", "evaluate/bytes_up"})
 _LOWER = frozenset({"loss", "error", "rmse", "mae", "mse", "perplexity", "gap", "violation", "disparity"})
 _HIGHER = frozenset({"accuracy", "auc", "f1", "precision", "recall", "hr", "ndcg", "mrr", "map"})
 

@@ -1,6 +1,6 @@
 """The report as one HTML page that needs nothing besides itself: no network, no script."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from fedsim.report.formats import plain
 from fedsim.report.palette import DARK, LIGHT, variables
 
 _STYLE = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
+_TILES = 6  # in a row
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -77,14 +78,17 @@ def _section(section: Section, drawings: Mapping[str, str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _facts(facts: Iterable[Fact]) -> str:
+def _facts(facts: Sequence[Fact]) -> str:
+    rows = max(-(-len(facts) // _TILES), 1)
+    columns = -(-len(facts) // rows)  # as even as can be: 4 and 3 of 7 tiles
     told = "\n".join(
-        f"<div><dt>{_text(fact.name)}</dt><dd>{_text(fact.value)}</dd>"
+        ('<div class="bad">' if fact.bad else "<div>")
+        + f"<dt>{_text(fact.name)}</dt><dd>{_text(fact.value)}</dd>"
         + (f'<dd class="remark">{_text(fact.remark)}</dd>' if fact.remark else "")
         + "</div>"
         for fact in facts
     )
-    return f'<dl class="facts">\n{told}\n</dl>' if told else ""
+    return f'<dl class="facts" style="--columns: {columns}">\n{told}\n</dl>' if told else ""
 
 
 def _table(table: Table) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +63,7 @@ def grouped(records: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], list[P
     groups: dict[str, dict[Any, RunRecord]] = {}
     repeated = []
     for record in sorted(records, key=lambda r: (str(r.environment.get("started", "")), r.path.name)):
-        tables = {key: value for key, value in record.experiment.items() if key != "seed"}
-        group = groups.setdefault(json.dumps(tables, sort_keys=True, default=str), {})
+        group = groups.setdefault(json.dumps([record.name, _asked(record)], sort_keys=True, default=str), {})
         seed = record.experiment.get("seed", str(record.path))
         if seed in group:
             repeated.append(group[seed].path)
@@ -75,7 +75,39 @@ def grouped(records: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], list[P
 
 def settings(record: RunRecord) -> dict[str, str]:
     """What an experiment asks for, besides name and seed, by dotted names."""
-    return {plain(k): setting(v) for k, v in flat(record.experiment).items() if k not in ("name", "seed")}
+    return {plain(key): setting(value) for key, value in _asked(record).items()}
+
+
+def _asked(record: RunRecord) -> dict[str, Any]:
+    """The same as values; a plug-in that has a short name goes by it, however the experiment names it."""
+    values = {key: value for key, value in flat(record.experiment).items() if key not in ("name", "seed")}
+    return {
+        key: _short_names().get(value, value) if key.endswith(".use") and isinstance(value, str) else value
+        for key, value in values.items()
+    }
+
+
+@functools.cache
+def _short_names() -> dict[str, str]:
+    """From "module:name" to the short name, for what is declared in fedsim's groups of entry points."""
+    groups = sorted(group for group in entry_points().groups if group.startswith("fedsim."))
+    declared = {(group, entry.name): entry.value for group in groups for entry in entry_points(group=group)}
+    return {value: name for (_, name), value in declared.items()}
+
+
+def by_file_name(value: str) -> str:
+    """A setting as it is shown: of a plug-in's file, the name without its folder."""
+    return Path(value).name if ".py:" in value else value
+
+
+def separating(names: Sequence[str], tables: Sequence[dict[str, str]], keys: Sequence[str]) -> set[str]:
+    """Those of the keys in which experiments of the same name differ."""
+    alike = [
+        [table for other, table in zip(names, tables, strict=True) if other == name]
+        for name in set(names)
+        if names.count(name) > 1
+    ]
+    return {key for key in keys if any(len({table.get(key) for table in group}) > 1 for group in alike)}
 
 
 def summary(group: Sequence[RunRecord], settings: dict[str, str], measures: Sequence[str]) -> Row:
@@ -111,14 +143,16 @@ def _value(record: RunRecord, column: str, measures: Sequence[str]) -> float | N
 
 
 def titles(rows: Sequence[Row]) -> list[str]:
-    """The experiments' names, with their settings where several have the same name."""
-    names = [row.name for row in rows]
-    return [
-        ", ".join([row.name, *(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in row.settings.items())])
-        if names.count(row.name) > 1
-        else row.name
-        for row in rows
-    ]
+    """The experiments' names, with the settings that tell them apart where several have the same name."""
+    found = []
+    for row in rows:
+        namesakes = [other.settings for other in rows if other.name == row.name]
+        telling = separating([row.name] * len(namesakes), namesakes, list(row.settings))
+        told = (
+            f"{key.rsplit('.', 1)[-1]} = {by_file_name(value)}" for key, value in row.settings.items() if key in telling
+        )
+        found.append(", ".join([row.name, *told]))
+    return found
 
 
 def average(name: str, group: Sequence[RunRecord], measured: str) -> Curve:

@@ -54,7 +54,7 @@ def headline(record: RunRecord) -> list[Fact]:
     facts += [*_people(record), *_costs(record)]
     missing = len(record.failures) or int(total(record, "failed") or 0)
     if missing or "failed" in record.metrics:
-        facts.append(Fact("Failures", count(missing), "" if missing else "every client answered"))
+        facts.append(Fact("Failures", count(missing), "" if missing else "every client answered", missing > 0))
     return facts
 
 

@@ -104,3 +104,16 @@ def test_of_many_values_the_most_frequent_are_told_apart():
     found = describe(divide(Dataset("many", {"v": column}), Partition(np.arange(120), np.array([0, 120]))), column="v")
     assert found.values == (*(str(5 * value) for value in range(20)), "80 others")
     assert found.pooled.tolist() == pytest.approx([2 / 120] * 20 + [80 / 120])
+
+
+def test_heterogeneity_counts_every_value_also_those_that_are_told_together():
+    dataset = Dataset("own", {"v": torch.arange(30).repeat_interleave(4) * 1_000_000})
+    found = describe(divide(dataset, Partition(np.arange(120), np.arange(0, 121, 4))), column="v")
+    assert found.shares.shape == (30, 21) and found.heterogeneity == pytest.approx(1 - 1 / 30)
+
+
+def test_names_are_told_in_their_order_and_values_beyond_them_by_what_they_are():
+    dataset = Dataset("named", {"v": torch.tensor([2, 2, 1_000_000_000])}, names={"v": ("none", "some", "many")})
+    found = describe(divide(dataset, Partition(np.arange(3), np.array([0, 3]))), column="v")
+    assert found.values == ("none", "some", "many", "1000000000")
+    assert found.pooled.tolist() == pytest.approx([0, 0, 2 / 3, 1 / 3])

@@ -71,6 +71,26 @@ def test_a_setting_that_one_experiment_lacks_is_a_difference(tmp_path):
     assert [row[1] for row in as_table(found).rows] == ["–", "3"]
 
 
+def test_a_plug_in_is_the_same_by_its_short_name_and_by_its_module(tmp_path):
+    uses = ("scaffold", "strategies.scaffold:Scaffold", "strategies.fedavg:FedAvg")
+    runs = [
+        make(tmp_path / str(n), [0.5], seed=n, extra=f'[strategy]\nuse = "{use}"')
+        for n, use in enumerate(uses, start=1)
+    ]
+    found = compare(runs)
+    assert [(row.settings, row.n) for row in found.rows] == [
+        ({"strategy.use": "scaffold"}, 2),
+        ({"strategy.use": "fedavg"}, 1),
+    ]
+
+
+def test_a_plug_in_s_file_goes_by_its_name(tmp_path):
+    uses = ("/far/away/mine.py:Median", "fedavg")
+    found = compare([make(tmp_path / use[1:4], [0.5], extra=f'[strategy]\nuse = "{use}"') for use in uses])
+    assert [row[1] for row in as_table(found).rows] == ["mine.py:Median", "fedavg"]
+    assert [curve.name for curve in found.curves] == ["digits, use = mine.py:Median", "digits, use = fedavg"]
+
+
 def test_the_same_seed_again_counts_once(tmp_path):
     early = make(tmp_path / "late-name", [0.1], started="2025-01-01")
     late = make(tmp_path / "early-name", [0.9], started="2025-01-02")

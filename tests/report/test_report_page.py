@@ -91,6 +91,13 @@ def test_a_report_has_every_section_in_reading_order(full):
     }
 
 
+def test_the_tiles_are_spread_evenly_and_that_of_failures_stands_out(full, tmp_path):
+    first = next(part for part in parsed(full).iter("dl") if part.get("class") == "facts")
+    assert len(first) == 7 and first.get("style") == "--columns: 4"
+    assert [tile[0].text for tile in first if tile.get("class") == "bad"] == ["Failures"]
+    assert 'class="bad"' not in write_report(make(tmp_path / "run")).read_text(encoding="utf-8")
+
+
 def test_the_page_is_well_formed_and_its_ids_are_unique_and_links_lead_somewhere(full):
     page = parsed(full)
     ids = [element.get("id") for element in page.iter() if element.get("id")]
@@ -134,7 +141,7 @@ def test_colours_of_plots_follow_the_page_into_the_dark(full):
     text = full.read_text()
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert "var(--ink)" in drawings and not [colour for colour in LIGHT.values() if colour in drawings]
-    assert set(re.findall(r"var\(--(\w+)\)", text)) <= LIGHT.keys() | {"back"}
+    assert set(re.findall(r"var\(--(\w+)\)", text)) <= LIGHT.keys() | {"back", "columns"}
     assert LIGHT.keys() == DARK.keys()
 
 
