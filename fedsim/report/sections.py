@@ -130,6 +130,9 @@ def traffic(record: RunRecord) -> Section | None:
         for name, size in (("To clients", down), ("From clients", up))
         if size is not None
     ]
+    evaluated = [total(record, f"evaluate/{name}") or 0 for name in ("bytes_down", "bytes_up")]
+    if any(evaluated):
+        facts.append(Fact("For evaluation", amount(sum(evaluated)), f"{amount(evaluated[1])} of it from clients"))
     return Section("Traffic", "What a real network would have carried.", tuple(facts), (figures.traffic(record),))
 
 
