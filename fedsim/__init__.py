@@ -15,10 +15,9 @@ from fedsim.evaluation import Evaluate
 from fedsim.job import Plan, Result
 from fedsim.launch import resume, run, simulate
 from fedsim.model import Model, gradient
-from fedsim.sampling import Draw, Sampler
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.strategy import Strategy
-from fedsim.task import Batch, Cohort, Metrics, Params, Replies, Reply, Task, Traffic
+from fedsim.task import Batch, Cohort, Draw, Metrics, Params, Replies, Reply, Sampler, Task, Traffic
 from fedsim.tree import Rows, Tree
 
 __all__ = [

@@ -21,8 +21,9 @@ from fedsim.evaluation import Evaluate
 from fedsim.job import DisplayFor, Job, Plan, Result, drive, prepare
 from fedsim.model import Model
 from fedsim.runs import Run
-from fedsim.sampling import Sampler, everyone
+from fedsim.sampling import everyone
 from fedsim.strategy import Strategy
+from fedsim.task import Sampler
 
 logger = logging.getLogger(__name__)
 

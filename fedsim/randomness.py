@@ -4,6 +4,7 @@ Whoever draws says where in the run it stands, so a run can be resumed at any ro
 on every engine, and the order in which clients run does not matter.
 """
 
+import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,24 +41,26 @@ def generator(*path: int | str) -> torch.Generator:
 
 @contextmanager
 def seeding(*path: int | str) -> Iterator[None]:
-    """Inside, torch's and numpy's global generators are seeded by the path; afterwards they are as before.
+    """Inside, the global generators of torch, numpy and Python are seeded by the path; afterwards they are as before.
 
     For code that draws from them whether one likes it or not: a module's first parameters, dropout, somebody's plug-in.
     """
-    before = np.random.get_state()
+    before, plain = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
         try:
             reseed(*path)
             yield
         finally:
             np.random.set_state(before)
+            random.setstate(plain)
 
 
 def reseed(*path: int | str) -> None:
-    """Seeds torch's and numpy's global generators by the path; only for use inside `seeding`."""
+    """Seeds the global generators of torch, numpy and Python by the path; only for use inside `seeding`."""
     seed = int(keys(*path)[0])
     torch.default_generator.manual_seed(seed >> 1)
     np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _scramble(bits: Any) -> Any:

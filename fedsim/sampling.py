@@ -6,29 +6,13 @@ Wrappers (`available`, `dropout`) are samplers around a sampler.
 
 import csv
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedsim.data.federation import Federation
 from fedsim.randomness import keys, rng
 from fedsim.ranges import Count, Natural, Probability, Share, checked
-
-Ids = NDArray[np.int64]
-
-
-class Draw(NamedTuple):
-    """Who takes part in a round."""
-
-    ids: list[int]
-    dropped: list[int] = []  # asked, and gone before they answered
-
-
-class Sampler(Protocol):
-    """Who is asked in a round (counted from 1)."""
-
-    def __call__(self, round: int, among: Ids | None = None) -> Draw: ...  # noqa: D102
+from fedsim.task import Draw, Ids, Sampler
 
 
 def _size(num_clients: int, fraction: float | None, count: int | None) -> int:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.engines.engine import Engine
+from fedsim.method import averages, step
 from fedsim.personal import Personal
-from fedsim.sampling import Draw, Sampler
 from fedsim.strategy import Strategy
-from fedsim.task import Cohort, Metrics, Params, Replies, Task, Traffic
+from fedsim.task import Cohort, Draw, Metrics, Params, Sampler, Traffic
 from fedsim.tree import Tree
 
 
@@ -74,39 +74,13 @@ def rounds(
             raise TooFewReplies(number, asked, len(replies.ids), min_replies, failed)
         state, metrics = step(strategy, state, task, replies) if replies.ids else (state, {})
         personal.scatter(replies.ids, replies.personal)
+        means = {f"{task.action}/{name}": value for name, value in averages(replies).items()}
         lost = len(draw.dropped) * tree.count_bytes(tree.leaves(task.shared))
         yield Round(
             Snapshot(number, state, personal),
-            averages(task.action, replies) | metrics,
+            means | metrics,
             len(replies.ids),
             failed,
             Traffic(replies.traffic.down + lost, replies.traffic.up),
             time.perf_counter() - start,
         )
-
-
-def step(strategy: Strategy, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
-    """What the strategy makes of the replies.
-
-    Raises:
-        ValueError: the new state has other names or shapes than the old one, so no checkpoint of it could be read.
-    """
-    try:
-        after, metrics = strategy.aggregate(state, task, replies)
-    except Exception as error:
-        sent = ", ".join(name for name, _ in tree.items(replies.update))
-        error.add_note(f"{type(strategy).__name__} was to aggregate {sent}, with reduce = {task.reduce!r}.")
-        raise
-    tree.restore(tree.flatten(after), state, f"the state that {type(strategy).__name__} made in round {task.round}")
-    return after, metrics
-
-
-def averages(action: str, replies: Replies) -> Metrics:
-    """The clients' metrics, averaged by the weight of their replies."""
-    weight = replies.weight.double()
-    total = float(weight.sum())
-    if not total:
-        return {}
-    return {
-        f"{action}/{name}": float((values.double() * weight).sum()) / total for name, values in replies.metrics.items()
-    }

@@ -5,8 +5,10 @@ I items, D embedding width, P parameters.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.tree import Tree
@@ -15,6 +17,20 @@ Params = dict[str, Tensor]  # a model's parameters by name
 Batch = dict[str, Tensor]  # columns of examples, leaves (n, ...)
 Metrics = dict[str, float]  # what is written down once a round
 Reduce = Literal["stack", "mean", "sum"]
+Ids = NDArray[np.int64]  # of clients, each from 0 to N-1
+
+
+class Draw(NamedTuple):
+    """Who takes part in a round."""
+
+    ids: list[int]
+    dropped: list[int] = []  # asked, and gone before they answered
+
+
+class Sampler(Protocol):
+    """Who is asked in a round (counted from 1)."""
+
+    def __call__(self, round: int, among: Ids | None = None) -> Draw: ...  # noqa: D102
 
 
 class Task(NamedTuple):

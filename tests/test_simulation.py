@@ -11,7 +11,8 @@ from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.personal import Personal
 from fedsim.sampling import dropout, everyone, uniform
-from fedsim.simulation import Snapshot, TooFewReplies, averages, begin, rounds
+from fedsim.method import averages
+from fedsim.simulation import Snapshot, TooFewReplies, begin, rounds
 from fedsim.task import Replies, Task
 from strategies.fedavg import FedAvg
 from strategies.scaffold import Scaffold
@@ -176,8 +177,8 @@ def test_a_strategy_that_names_its_clients_is_not_asked_by_the_sampler(classific
 
 def test_metrics_are_averaged_by_weight_and_named_after_the_action():
     replies = Replies([0, 1], torch.tensor([1.0, 3.0]), {}, metrics={"loss": torch.tensor([2.0, 6.0])})
-    assert averages("train", replies) == {"train/loss": (1 * 2 + 3 * 6) / 4}
-    assert averages("train", replies._replace(weight=torch.zeros(2))) == {}
+    assert averages(replies) == {"loss": (1 * 2 + 3 * 6) / 4}
+    assert averages(replies._replace(weight=torch.zeros(2))) == {}
 
 
 class Squeezes(FedAvg):

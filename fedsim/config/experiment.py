@@ -17,8 +17,8 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federation import Federation, Partition
 from fedsim.engines.engine import Engine
 from fedsim.model import Model
-from fedsim.sampling import Sampler
 from fedsim.strategy import Strategy
+from fedsim.task import Sampler
 
 Table = dict[str, Any]
 SPLIT = {"use": "fedsim.data.federation:divide"}  # also where a table for it names nothing else

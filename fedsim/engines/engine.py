@@ -2,17 +2,21 @@
 
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.task import Batch, Cohort, Reduce, Replies, Reply, Task, Traffic
+from fedsim.task import Cohort, Reduce, Replies, Reply, Task, Traffic
 from fedsim.tree import Rows, Tree
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 class Engine(ABC):
@@ -21,6 +25,20 @@ class Engine(ABC):
     @abstractmethod
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
+
+    def map(
+        self, function: Callable[[Shared, Item], Answer], shared: Shared, items: Iterable[Item]
+    ) -> Iterator[Answer | Exception]:
+        """What the function makes of `shared` and each item, in order, or what it raised; here, one after another.
+
+        For work that is no task of fedsim's clients, such as somebody's ClientApp. Each is done when it is asked for.
+        """
+        for item in items:
+            try:
+                answer: Answer | Exception = function(shared, item)
+            except Exception as error:  # whatever it raises costs this item alone, and is told
+                answer = error
+            yield answer
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Gives back whatever the engine holds."""
@@ -80,14 +98,21 @@ class Fold:
 
 
 class Gathering:
-    """The replies of a cohort, taken in block by block, in an order that does not depend on the machine."""
+    """The replies of a cohort, taken in block by block, in an order that does not depend on the machine.
 
-    def __init__(self, client: Client, task: Task, cohort: Cohort, columns: Batch) -> None:
+    Args:
+        who: the name of what answers, for messages.
+        task: what was asked.
+        cohort: of whom.
+        given: what else all clients are given, and none may change in place.
+    """
+
+    def __init__(self, who: str, task: Task, cohort: Cohort, given: Tree) -> None:
         if task.reduce not in get_args(Reduce):
             raise ValueError(f"task.reduce must be one of {', '.join(get_args(Reduce))}, got {task.reduce!r}")
         if len(set(cohort.ids)) < len(cohort.ids):
             raise ValueError(f"a client takes part once in a round, got the ids {list(cohort.ids)}")
-        self.client, self.task, self.cohort = client, task, cohort
+        self.who, self.task, self.cohort = who, task, cohort
         self.ids: list[int] = []
         self.parts: list[Reply] = []
         self.failed: dict[int, str] = {}
@@ -95,7 +120,7 @@ class Gathering:
         self.fold = None if task.reduce == "stack" else Fold(task.reduce)
         self.form: dict[str, tuple[int, ...]] = {}  # name and shape of all that the first one answered
         self.first = -1
-        given = {"shared": task.shared, "personal": cohort.personal, "examples": columns}
+        given = {"shared": task.shared, "personal": cohort.personal} | given
         self.given = [(name, leaf, leaf._version) for name, leaf in tree.flatten(given).items()]
 
     def fail(self, client: int, error: BaseException) -> None:
@@ -139,7 +164,7 @@ class Gathering:
         for name, leaf, version in self.given:
             if leaf._version != version:
                 raise TypeError(
-                    f"{type(self.client).__name__} changes {name} in place, which other clients are given too: "
+                    f"{self.who} changes {name} in place, which other clients are given too: "
                     "it must make a new tensor (fedsim.testing.check_client finds such mistakes)"
                 )
 

@@ -1,6 +1,6 @@
 """The engines of this process: clients one by one, clients all at once, and the rule that picks one of the two."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation, schedule
-from fedsim.engines.engine import Engine, Gathering, client_for
+from fedsim.engines.engine import Answer, Engine, Gathering, Item, Shared, client_for
 from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
 from fedsim.task import Batch, Cohort, Replies, Reply, Task
@@ -70,7 +70,7 @@ class Sequential(Engine):
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
         client = client_for(task, self.clients)
-        gathering = Gathering(client, task, cohort, self.federation.columns)
+        gathering = Gathering(type(client).__name__, task, cohort, {"examples": self.federation.columns})
         with seeding(self.seed, "execute", task.round):
             for position, ident in enumerate(cohort.ids):
                 # Whether it says that it is stochastic or not: what it draws must not differ from run to run.
@@ -117,10 +117,16 @@ class Vectorised(Engine):
     def __repr__(self) -> str:
         return f"Vectorised(block={self.block})"
 
+    def map(
+        self, function: Callable[[Shared, Item], Answer], shared: Shared, items: Iterable[Item]
+    ) -> Iterator[Answer | Exception]:
+        """Refused: a function that is no client's cannot be vectorised."""
+        raise TypeError("Vectorised runs fedsim's clients only: for anything else use fedsim.engines.local:Sequential")
+
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
         client = client_for(task, self.clients)
-        gathering = Gathering(client, task, cohort, self.federation.columns)
+        gathering = Gathering(type(client).__name__, task, cohort, {"examples": self.federation.columns})
         sizes = self.federation.sizes(client.split, cohort.ids)
         with seeding(self.seed, "execute", task.round):
             for places in self._blocks(task, sizes):
@@ -212,13 +218,13 @@ def auto(federation: Federation, clients: Mapping[str, Client], seed: Natural = 
 
     The rule reads the clients' models (layers, number of parameters) and no clock, so an experiment runs the same way
     on every machine: vectorised unless a client overrides `run`, a model has a convolution, or it has more than
-    VECTORISED_PARAMETERS parameters.
+    VECTORISED_PARAMETERS parameters. Without any client there is nothing to vectorise.
     """
     modules = [module for client in clients.values() if (module := _module(client)) is not None]
     slow = any(isinstance(part, nn.modules.conv._ConvNd) for module in modules for part in module.modules())
     large = any(sum(p.numel() for p in module.parameters()) > VECTORISED_PARAMETERS for module in modules)
     alone = any(type(client).run is not Client.run for client in clients.values())
-    return (Sequential if slow or large or alone else Vectorised)(federation, clients, seed)
+    return (Sequential if slow or large or alone or not clients else Vectorised)(federation, clients, seed)
 
 
 def _module(client: Client) -> nn.Module | None:

@@ -1,0 +1,147 @@
+"""Arrays: tensors and trees as Flower's arrays, and back, to the bit.
+
+What comes from outside is checked before anything is made of it; what is wrong raises MalformedMessage.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from fedsim import tree
+from fedsim.tree import Tree
+
+NUMPY = "numpy.ndarray"  # how Flower names arrays in .npy format
+BITS = "fedsim.bits"  # for types that numpy does not have: .npy of integers with the same bits
+_BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _BITS}
+_KINDS = {"bool", "complex64", "complex128", "float16", "float32", "float64"} | {
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+
+
+class MalformedMessage(ValueError):  # noqa: N818 - says what it is
+    """A message does not hold what it must; says what is wrong and where."""
+
+
+def to_array(tensor: Tensor) -> Array:
+    """A tensor as Flower's array."""
+    tensor = tensor.detach().cpu()
+    bits = _BITS.get(tensor.dtype)
+    values = np.asarray((tensor if bits is None else tensor.contiguous().view(bits)).numpy(), order="C")
+    data = b"".join((_header(values.dtype.str, values.shape), values.data if values.size else b""))
+    name = str(values.dtype) if bits is None else str(tensor.dtype).removeprefix("torch.")
+    return Array(name, tuple(values.shape), NUMPY if bits is None else BITS, data)
+
+
+@lru_cache(maxsize=1024)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """How a .npy file of such an array begins."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def to_tensor(array: Array, where: str = "array") -> Tensor:
+    """A tensor of one's own out of Flower's array; raises MalformedMessage where it is not what it says."""
+    start = 10 + int.from_bytes(array.data[8:10], "little")
+    try:
+        dtype, shape, fortran = _layout(bytes(array.data[:start]))
+    except ValueError as error:
+        raise MalformedMessage(f"{where} is not in .npy format: {error}") from None
+    stored = str(dtype.newbyteorder("="))
+    special = _NAMES.get(array.dtype) if array.stype == BITS else None
+    if special is None and (array.stype != NUMPY or stored not in _KINDS):
+        raise MalformedMessage(f"{where} is {stored} serialised as {array.stype!r}: not among the types that travel")
+    told = stored if special is None else str(_BITS[special]).removeprefix("torch.")
+    if (array.dtype if special is None else stored) != told or tuple(array.shape) != shape:
+        raise MalformedMessage(f"{where} says {array.dtype} {tuple(array.shape)} and holds {stored} {shape}")
+    if len(array.data) - start != math.prod(shape) * dtype.itemsize:
+        raise MalformedMessage(f"{where} is {stored} {shape} and holds {len(array.data) - start} bytes")
+    values = np.frombuffer(array.data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+    tensor = torch.from_numpy(np.array(values, dtype.newbyteorder("="), order="C"))
+    return tensor if special is None else tensor.view(special)
+
+
+@lru_cache(maxsize=1024)
+def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    """What a .npy file's header says: type, shape, whether in Fortran's order.
+
+    Read here, for numpy would take all the memory that a header asks for before it looks whether there is as much.
+    """
+    buffer = io.BytesIO(header)
+    version = np.lib.format.read_magic(buffer)
+    if version != (1, 0):
+        raise ValueError(f"version {version}, must be (1, 0)")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    return dtype, tuple(shape), fortran
+
+
+def flatten(branch: Tree) -> dict[str, Tensor]:
+    """Tensors by name, as `fedsim.tree.flatten`; a branch without a leaf is an empty tensor whose name ends in "/"."""
+    return tree.flatten(branch) | {f"{name}/": torch.empty(0) for name in _bare(branch)}
+
+
+def _bare(branch: Tree, prefix: str = "") -> Iterator[str]:
+    for name, leaf in branch.items():
+        if isinstance(leaf, dict):
+            yield from _bare(leaf, f"{prefix}{name}/") if leaf else [prefix + name]
+
+
+def unflatten(flat: Mapping[str, Tensor], where: str = "tree") -> Tree:
+    """The tree that `flatten` took apart; raises MalformedMessage for names or rows that no tree has."""
+    for name in flat:
+        parts = name.removesuffix("/").split("/")
+        if not all(parts) or any("@" in part for part in parts[:-1]):
+            raise MalformedMessage(f"{where}: {name!r} is no name of a leaf")
+        above = ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        if inside := next((leaf for leaf in above if leaf in flat), None):
+            raise MalformedMessage(f"{where}: {inside!r} is a leaf, and {name!r} is in it")
+        if name.endswith("/") and name.removesuffix("/") in flat:
+            raise MalformedMessage(f"{where}: {name!r} is a branch and a leaf")
+        base, at, part = name.rpartition("@")
+        if at:
+            _check_rows(flat, base, part, where)
+    made = tree.unflatten({name: leaf for name, leaf in flat.items() if not name.endswith("/")})
+    for name in flat:
+        if name.endswith("/"):
+            branch = made
+            for part in name.removesuffix("/").split("/"):
+                branch = branch.setdefault(part, {})
+            if branch:
+                raise MalformedMessage(f"{where}: {name!r} is an empty branch, and there is something in it")
+    return made
+
+
+def _check_rows(flat: Mapping[str, Tensor], base: str, part: str, where: str) -> None:
+    index, values, size = (flat.get(f"{base}@{part}") for part in ("index", "values", "size"))
+    here = f"{where}: rows of {base!r}"
+    if part not in ("index", "values", "size") or index is None or values is None or size is None or base in flat:
+        raise MalformedMessage(f"{here} need @index, @values and @size, and nothing else")
+    if index.dtype != torch.int64 or size.dtype != torch.int64 or size.numel() != 1 or index.ndim not in (1, 2):
+        raise MalformedMessage(f"{here}: index and size must be int64, index (R,) or (C, R), size one number")
+    if values.shape[: index.ndim] != index.shape:
+        raise MalformedMessage(f"{here}: {tuple(index.shape)} indices for values {tuple(values.shape)}")
+    if int(size) < 0 or (index.numel() and not -1 <= int(index.min()) <= int(index.max()) < int(size)):
+        raise MalformedMessage(f"{here}: an index must be from -1 to {int(size) - 1}, the table's size less one")
+
+
+def pack(branch: Tree) -> ArrayRecord:
+    """A tree as arrays by name."""
+    record = ArrayRecord()
+    for name, leaf in flatten(branch).items():
+        record[name] = to_array(leaf)
+    return record
+
+
+def unpack(record: ArrayRecord, where: str = "arrays") -> Tree:
+    """The tree that `pack` made arrays of."""
+    return unflatten({name: to_tensor(array, f"{where}: {name!r}") for name, array in record.items()}, where)

@@ -1,0 +1,82 @@
+"""What fedsim needs of Flower that Flower does not promise to keep, in one place.
+
+Where a new version of Flower moves something of this, tests/flower/test_compat.py says what, and this file alone
+changes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import server_app
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "Error",
+    "ErrorCode",
+    "NodeInfo",
+    "Run",
+    "captured",
+    "ensure_identity",
+    "private_message",
+    "stamp",
+]
+
+
+def ensure_identity(run_id: int = 1) -> None:
+    """Lets this process make messages: a Message bears the identity of a process-wide task, which must be known.
+
+    Within a run of Flower's own it is, and is left as it is.
+    """
+    for name, value in {"task_id": 1, "run_id": run_id, "node_id": SUPERLINK_NODE_ID}.items():
+        try:
+            getattr(TaskIdentity, name)
+        except RuntimeError:  # not set
+            setattr(TaskIdentity, name, value)
+
+
+def stamp(message: Message, ident: str) -> None:
+    """Gives a message its id, as a grid does before it sends it: the reply names it."""
+    message.metadata.__dict__["_message_id"] = ident
+
+
+def private_message(metadata: Metadata, content: RecordDict) -> Message:
+    """A message for one of many receivers of the same content: what is done to its records reaches no other's.
+
+    The arrays' bytes, which cannot be changed, are not copied.
+    """
+    records = {name: record.copy() for name, record in content.items()}
+    return make_message(metadata=metadata, content=RecordDict(records))
+
+
+@contextmanager
+def captured() -> Iterator[list[Any]]:
+    """Collects what Flower's loops return inside: a ServerApp's main has no way to hand its Result on.
+
+    These are the Results of `Strategy.start`, and the Histories of older apps.
+    """
+    found: list[Any] = []
+    start, start_grid = Strategy.start, server_app.start_grid  # type: ignore[attr-defined]
+
+    def keeping(function: Any) -> Any:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.append(function(*args, **kwargs))
+            return found[-1]
+
+        return call
+
+    Strategy.start = keeping(start)  # type: ignore[method-assign]
+    server_app.start_grid = keeping(start_grid)  # type: ignore[attr-defined]
+    try:
+        yield found
+    finally:
+        Strategy.start = start  # type: ignore[method-assign]
+        server_app.start_grid = start_grid  # type: ignore[attr-defined]

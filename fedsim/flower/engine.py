@@ -1,0 +1,155 @@
+"""GridEngine: the nodes of a Flower Grid as an engine, simulated by Flower or real ones behind a SuperLink."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.engines.engine import Engine, Gathering
+from fedsim.flower.arrays import MalformedMessage
+from fedsim.flower.codec import decode_replies, encode_task, message_type
+from fedsim.flower.node import WHO
+from fedsim.ranges import Count, Positive, checked
+from fedsim.task import Cohort, Replies, Reply, Task
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = (0.05, 1.0)  # between two looks whether there is an answer: at first, and at most
+
+
+class GridEngine(Engine):
+    """Sends a task to the nodes that hold the cohort's clients.
+
+    Of n nodes, that with partition-id p holds the clients p, p + n, p + 2n, ...; each is asked for its partition-id
+    once, so client 7 is client 7 wherever it runs. What clients keep to themselves stays on their node. Updates of
+    which a mean or a sum is wanted are folded as they arrive, so the last bits depend on the order of arrival.
+
+    A node that fails, or does not answer in time, costs the round its clients.
+
+    Args:
+        grid: Flower's.
+        num_clients: N, of the federation.
+        timeout: how long to wait for the answers of a round, in seconds.
+        wait: how long to wait for the nodes in the beginning, in seconds.
+    """
+
+    @checked
+    def __init__(self, grid: Grid, num_clients: Count, timeout: Positive = 3600.0, wait: Positive = 120.0) -> None:
+        self.grid, self.num_clients, self.timeout, self.wait = grid, num_clients, timeout, wait
+        self.places: dict[int, int] = {}  # node -> its partition
+        self.partitions = 0  # how many there are; 0: not known yet
+        self.complete = False  # whether there was once a node for each
+        self.silent: set[int] = set()  # nodes that do not say which partition they are
+
+    def __repr__(self) -> str:
+        return "GridEngine()"
+
+    def execute(self, task: Task, cohort: Cohort) -> Replies:
+        """What the clients of the cohort answer to the task."""
+        gathering = Gathering("a node", task, Cohort(cohort.ids), {})
+        hosts = self._hosts()
+        held: dict[int, list[int]] = {}  # node -> the clients that it is to run
+        for client in cohort.ids:
+            partition = client % self.partitions
+            if partition in hosts:
+                held.setdefault(hosts[partition], []).append(client)
+            else:
+                gathering.failed[client] = f"the node of partition {partition} is gone"
+        shared = encode_task(task._replace(ids=None))
+        messages = {
+            node: RecordDict({**shared, "clients": ConfigRecord({"ids": ids})}) for node, ids in sorted(held.items())
+        }
+        for node, reply in self._ask(messages, message_type(task.action), str(task.round), self.timeout):
+            self._take_in(gathering, task, reply, held.pop(node), f"partition {self.places[node]}")
+        for node, ids in held.items():
+            late = f"partition {self.places[node]} did not answer within {self.timeout:g} s"
+            gathering.failed |= dict.fromkeys(ids, late)
+        return gathering.replies()
+
+    def _take_in(self, gathering: Gathering, task: Task, message: Message, ids: list[int], where: str) -> None:
+        if message.has_error():
+            reason = f"{where}: error {message.error.code}: {message.error.reason}"
+            gathering.failed |= dict.fromkeys(ids, reason)
+            return
+        try:
+            replies = decode_replies(message.content, ids, task.shared, where)
+        except MalformedMessage as error:
+            gathering.failed |= dict.fromkeys(ids, str(error))
+            return
+        gathering.failed |= replies.failed
+        if replies.ids:
+            gathering.add(replies.ids, Reply(replies.update, replies.weight, metrics=replies.metrics))
+
+    def _ask(
+        self, contents: Mapping[int, RecordDict], kind: str, group: str, timeout: float
+    ) -> Iterator[tuple[int, Message]]:
+        """Each node's reply as it arrives; those that arrive together in the order of their partitions."""
+        messages = [Message(content, node, kind, ttl=timeout, group_id=group) for node, content in contents.items()]
+        sent = set(self.grid.push_messages(messages)) if messages else set()
+        waiting = {
+            message.metadata.message_id: message.metadata.dst_node_id
+            for message in messages
+            if message.metadata.message_id in sent
+        }
+        deadline, pause = time.monotonic() + timeout, POLL_SECONDS[0]
+        while waiting:
+            replies = {waiting.pop(reply.metadata.reply_to_message_id): reply for reply in self._pull(waiting)}
+            yield from sorted(replies.items(), key=lambda item: (self.places.get(item[0], -1), item[0]))
+            if time.monotonic() >= deadline:
+                break
+            if waiting:
+                time.sleep(pause)
+                pause = min(1.5 * pause, POLL_SECONDS[1])
+
+    def _pull(self, waiting: Mapping[str, int]) -> list[Message]:
+        return [
+            reply for reply in self.grid.pull_messages(list(waiting)) if reply.metadata.reply_to_message_id in waiting
+        ]
+
+    def _hosts(self) -> dict[int, int]:
+        """Partition -> its node, of those that are there.
+
+        Raises:
+            RuntimeError: in the beginning not all of them came.
+        """
+        deadline = time.monotonic() + self.wait
+        while True:
+            nodes = list(self.grid.get_node_ids())
+            self._meet([node for node in nodes if node not in self.places and node not in self.silent])
+            hosts: dict[int, int] = {}
+            for node in nodes:
+                if node in self.places and hosts.setdefault(self.places[node], node) != node:
+                    both = f"nodes {hosts[self.places[node]]} and {node}"
+                    raise RuntimeError(f"{both} both have the partition-id {self.places[node]}: each needs its own")
+            if self.complete or (self.partitions and len(hosts) == self.partitions):
+                self.complete = True
+                return hosts
+            if time.monotonic() >= deadline:
+                missing = sorted(set(range(self.partitions)) - hosts.keys())
+                told = f"partitions {missing} are missing of {self.partitions}" if missing else "there are none"
+                raise RuntimeError(f"waited {self.wait:g} s for the nodes: {told}")
+            time.sleep(POLL_SECONDS[1])
+
+    def _meet(self, nodes: Sequence[int]) -> None:
+        """Asks new nodes which partition they are."""
+        for node, reply in self._ask({node: RecordDict() for node in nodes}, WHO, "", self.wait):
+            told: Mapping[str, object] = {} if reply.has_error() else reply.content.metric_records.get("node", {})
+            partition, of, clients = (told.get(name) for name in ("partition-id", "num-partitions", "num-clients"))
+            if not isinstance(partition, int) or not isinstance(of, int) or not 0 <= partition < of:
+                reason = reply.error.reason if reply.has_error() else f"it answered {dict(told)}"
+                logger.warning("node %d takes no part, for it does not say which partition it is: %s", node, reason)
+                self.silent.add(node)
+                continue
+            if clients != self.num_clients:
+                raise RuntimeError(
+                    f"the node of partition {partition} knows {clients} clients, the server {self.num_clients}: "
+                    "they do not run the same experiment on the same data"
+                )
+            if self.partitions not in (0, of):
+                raise RuntimeError(f"node {node} says that there are {of} partitions, others say {self.partitions}")
+            self.places[node], self.partitions = partition, of
+
+    def close(self) -> None:
+        """Nothing: the grid is its owner's."""
