@@ -22,7 +22,7 @@ from fedsim.client import Client
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential
-from fedsim.flower.compat import Error, ErrorCode, captured, private_message
+from fedsim.flower.compat import Error, ErrorCode, captured, private_message, swift_arrays
 from fedsim.flower.grid import SimulationGrid
 from fedsim.randomness import reseed, seeding
 from fedsim.ranges import Count, Natural, checked
@@ -107,6 +107,8 @@ class AppNodes:
 
     def answer(self, batch: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """The reply to each message, in order; the server's generators stay as they are."""
+        if not batch:
+            return
         with seeding(self.handler.seed, "nodes"):
             for _, pairs in groupby(batch, lambda pair: id(pair[1].content)):
                 yield from self._answer(list(pairs))
@@ -173,7 +175,13 @@ def run(
     """
     config: UserConfig = dict(run_config or {})
     nobody = Federation({}, np.arange(0), np.zeros((num_nodes, 4), dtype=np.int64), name="a Flower app's")
-    with _ONE_AT_A_TIME, engine(nobody, {}, seed) as where, captured() as results, seeding(seed, "server"):
+    with (
+        _ONE_AT_A_TIME,
+        engine(nobody, {}, seed) as where,
+        captured() as results,
+        swift_arrays(),
+        seeding(seed, "server"),
+    ):
         nodes = AppNodes(client_app, num_nodes, config, where, seed)
         grid = SimulationGrid(nodes, num_nodes, seed)
         context = Context(grid.run.run_id, 0, {}, RecordDict(), config)

@@ -3,11 +3,7 @@
 What comes from outside is checked before anything is made of it; what is wrong raises MalformedMessage.
 """
 
-import io
-import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +11,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from fedsim import tree
+from fedsim.flower import npy
 from fedsim.tree import Tree
 
 NUMPY = "numpy.ndarray"  # how Flower names arrays in .npy format
@@ -34,55 +31,27 @@ def to_array(tensor: Tensor) -> Array:
     """A tensor as Flower's array."""
     tensor = tensor.detach().cpu()
     bits = _BITS.get(tensor.dtype)
-    values = np.asarray((tensor if bits is None else tensor.contiguous().view(bits)).numpy(), order="C")
-    data = b"".join((_header(values.dtype.str, values.shape), values.data if values.size else b""))
+    values = (tensor if bits is None else tensor.contiguous().view(bits)).numpy()
     name = str(values.dtype) if bits is None else str(tensor.dtype).removeprefix("torch.")
-    return Array(name, tuple(values.shape), NUMPY if bits is None else BITS, data)
-
-
-@lru_cache(maxsize=1024)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """How a .npy file of such an array begins."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
+    return Array(name, tuple(values.shape), NUMPY if bits is None else BITS, npy.dump(values))
 
 
 def to_tensor(array: Array, where: str = "array") -> Tensor:
     """A tensor of one's own out of Flower's array; raises MalformedMessage where it is not what it says."""
-    start = 10 + int.from_bytes(array.data[8:10], "little")
     try:
-        dtype, shape, fortran = _layout(bytes(array.data[:start]))
+        values = npy.view(array.data)
     except ValueError as error:
         raise MalformedMessage(f"{where} is not in .npy format: {error}") from None
-    stored = str(dtype.newbyteorder("="))
+    shape, dtype = values.shape, values.dtype.newbyteorder("=")
+    stored = str(dtype)
     special = _NAMES.get(array.dtype) if array.stype == BITS else None
     if special is None and (array.stype != NUMPY or stored not in _KINDS):
         raise MalformedMessage(f"{where} is {stored} serialised as {array.stype!r}: not among the types that travel")
     told = stored if special is None else str(_BITS[special]).removeprefix("torch.")
     if (array.dtype if special is None else stored) != told or tuple(array.shape) != shape:
         raise MalformedMessage(f"{where} says {array.dtype} {tuple(array.shape)} and holds {stored} {shape}")
-    if len(array.data) - start != math.prod(shape) * dtype.itemsize:
-        raise MalformedMessage(f"{where} is {stored} {shape} and holds {len(array.data) - start} bytes")
-    values = np.frombuffer(array.data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-    tensor = torch.from_numpy(np.array(values, dtype.newbyteorder("="), order="C"))
+    tensor = torch.from_numpy(np.array(values, dtype, order="C"))
     return tensor if special is None else tensor.view(special)
-
-
-@lru_cache(maxsize=1024)
-def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
-    """What a .npy file's header says: type, shape, whether in Fortran's order.
-
-    Read here, for numpy would take all the memory that a header asks for before it looks whether there is as much.
-    """
-    buffer = io.BytesIO(header)
-    version = np.lib.format.read_magic(buffer)
-    if version != (1, 0):
-        raise ValueError(f"version {version}, must be (1, 0)")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape {shape}")
-    return dtype, tuple(shape), fortran
 
 
 def flatten(branch: Tree) -> dict[str, Tensor]:

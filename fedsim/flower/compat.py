@@ -7,9 +7,10 @@ changes.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
-from flwr.app import Error, Message, Metadata, RecordDict
+import numpy as np
+from flwr.app import Array, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
@@ -17,6 +18,9 @@ from flwr.serverapp import server_app
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
+
+from fedsim.flower import npy
 
 __all__ = [
     "Error",
@@ -27,6 +31,7 @@ __all__ = [
     "ensure_identity",
     "private_message",
     "stamp",
+    "swift_arrays",
 ]
 
 
@@ -52,8 +57,39 @@ def private_message(metadata: Metadata, content: RecordDict) -> Message:
 
     The arrays' bytes, which cannot be changed, are not copied.
     """
-    records = {name: record.copy() for name, record in content.items()}
-    return make_message(metadata=metadata, content=RecordDict(records))
+    own = content.copy()
+    own.__dict__["_data"] = {name: record.copy() for name, record in content.items()}  # they have been checked before
+    return make_message(metadata=metadata, content=own)
+
+
+@contextmanager
+def swift_arrays() -> Iterator[None]:
+    """Inside, Flower's arrays are made of numpy's and back as `npy` does it, to the same bytes: several times faster.
+
+    Messages carry nothing else, so in a simulation this is where Flower itself spends most of its time.
+    """
+    to_numpy, from_numpy = Array.numpy, Array.__dict__["from_numpy_ndarray"]
+
+    def numpy(self: Array) -> NDArray[Any]:
+        try:
+            values = npy.view(self.data) if self.stype == "numpy.ndarray" else None
+        except ValueError:
+            values = None
+        return to_numpy(self) if values is None or not values.flags.c_contiguous else values.copy()
+
+    def from_numpy_ndarray(cls: type[Array], ndarray: NDArray[Any]) -> Array:
+        if not isinstance(ndarray, np.ndarray) or ndarray.dtype.hasobject or not ndarray.flags.c_contiguous:
+            return cast(Array, from_numpy.__get__(None, cls)(ndarray))
+        array = Array.__new__(cls)
+        named = {"dtype": str(ndarray.dtype), "shape": ndarray.shape, "stype": "numpy.ndarray"}
+        array.__dict__.update(named, data=npy.dump(ndarray), _is_dirty=True)
+        return array
+
+    Array.numpy, Array.from_numpy_ndarray = numpy, classmethod(from_numpy_ndarray)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Array.numpy, Array.from_numpy_ndarray = to_numpy, from_numpy  # type: ignore[method-assign]
 
 
 @contextmanager
