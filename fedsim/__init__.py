@@ -4,7 +4,13 @@ A *federation* is data by client, a *client* is what one does locally, a *strate
 is where clients run. `fedsim.run("fedavg/digits")` runs an experiment, `fedsim.simulate(...)` one made of objects.
 """
 
-from fedsim import tree
+import os
+
+# Neither Flower nor Ray tells its makers that it ran; both look at the environment when they are imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from fedsim import flower, tree
 from fedsim.client import Client
 from fedsim.config import ConfigError
 from fedsim.data.dataset import Dataset
@@ -13,7 +19,7 @@ from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.evaluation import Evaluate
 from fedsim.job import Plan, Result
-from fedsim.launch import resume, run, simulate
+from fedsim.launch import resume, run, run_app, simulate
 from fedsim.model import Model, gradient
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.strategy import Strategy
@@ -52,10 +58,12 @@ __all__ = [
     "auto",
     "begin",
     "divide",
+    "flower",
     "gradient",
     "resume",
     "rounds",
     "run",
+    "run_app",
     "simulate",
     "tree",
 ]

@@ -13,6 +13,7 @@ from fedsim.config import Assembly, ConfigError, Experiment
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential
 from fedsim.evaluation import Evaluation, evaluate, spread
+from fedsim.foreign import Foreign
 from fedsim.progress import Display, Silent
 from fedsim.randomness import rng
 from fedsim.ranges import Count, Natural, check_fields
@@ -87,6 +88,11 @@ def _begin(job: Job, directory: Run, resuming: bool) -> Snapshot:
     snapshot = begin(parts.strategy, parts.model.params, parts.clients, parts.federation.num_clients, plan.seed)
     if not resuming:
         return snapshot
+    if isinstance(parts.strategy, Foreign):
+        raise ConfigError(
+            f"{parts.strategy.guest!r} is a strategy of Flower's, whose memory no checkpoint holds: a run of it cannot "
+            f"be resumed, only run anew; what it has measured so far stays in {directory.path}"
+        )
     try:
         if found := directory.checkpoints():
             snapshot = directory.load(found[-1], snapshot)

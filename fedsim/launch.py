@@ -12,20 +12,26 @@ import tomli_w
 import torch
 
 from fedsim.client import Client
-from fedsim.config import Assembly, ConfigError, assemble, fingerprints, read, resolve
+from fedsim.config import Assembly, ConfigError, assemble, assignment, fingerprints, read, resolve
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import auto
 from fedsim.environment import environment
 from fedsim.evaluation import Evaluate
+from fedsim.flower import Outcome
+from fedsim.flower import run as run_flower
+from fedsim.flower.folder import changed, load
+from fedsim.flower.guest import FlowerStrategy
+from fedsim.foreign import adopt
 from fedsim.job import DisplayFor, Job, Plan, Result, drive, prepare
 from fedsim.model import Model
 from fedsim.runs import Run
 from fedsim.sampling import everyone
-from fedsim.strategy import Strategy
 from fedsim.task import Sampler
 
 logger = logging.getLogger(__name__)
+NODES = 10  # of a Flower app that does not say how many
+EngineFor = Callable[[Federation, Mapping[str, Client], int], Engine]  # (federation, clients, seed)
 
 
 def run(
@@ -35,6 +41,7 @@ def run(
     root: str | Path = "runs",
     tracker: str | None = None,
     display: DisplayFor | None = None,
+    engine: EngineFor | None = None,
 ) -> Result:
     """Runs an experiment: a TOML file, the name of a bundled one ("fedavg/digits"), or the tables themselves.
 
@@ -44,6 +51,7 @@ def run(
         root: the folder under which the run's directory is made.
         tracker: "tensorboard", "wandb" or "mlflow", to send the metrics there too.
         display: what to show meanwhile; nothing if None.
+        engine: where clients run, as for `simulate`; None: as the experiment says.
 
     Raises:
         ConfigError: the experiment is wrong; nothing was run.
@@ -52,7 +60,11 @@ def run(
     """
     asked = resolve(*read(experiment, changes))
     with threads(asked.threads):
-        job = prepare(assemble(asked), Plan.of(asked), asked.model_dump(), tracker)
+        parts = assemble(asked)
+        if engine is not None:
+            parts.engine.close()
+            parts = parts._replace(engine=engine(parts.federation, parts.clients, asked.seed))
+        job = prepare(parts, Plan.of(asked), asked.model_dump(), tracker)
         return drive(job, _create(Path(root), job, asked.toml()), False, display)
 
 
@@ -81,11 +93,11 @@ def simulate(
     *,
     federation: Federation,
     model: Model,
-    strategy: Strategy,
+    strategy: FlowerStrategy,
     clients: Mapping[str, Client],
     plan: Plan,
     sample: Sampler | None = None,
-    engine: Callable[[Federation, Mapping[str, Client], int], Engine] = auto,
+    engine: EngineFor = auto,
     root: str | Path = "runs",
     resume: str | Path | None = None,
     display: DisplayFor | None = None,
@@ -95,7 +107,7 @@ def simulate(
     Args:
         federation: the data by client.
         model: the model, whose parameters are the first ones.
-        strategy: the server's side.
+        strategy: the server's side, fedsim's or Flower's.
         clients: action -> the local side. Without "evaluate" the model's accuracy is counted.
         plan: how long, and what is written down when.
         sample: who takes part; None: everyone.
@@ -107,14 +119,38 @@ def simulate(
     """
     classes = len(federation.names["y"]) if "y" in federation.names else None
     actions = {"evaluate": Evaluate(model=model, num_classes=classes)} | dict(clients)
-    sample = sample or everyone(federation.num_clients)
-    assembly = Assembly(federation, model, strategy, actions, sample, engine(federation, actions, plan.seed))
+    adopted, sample = adopt(strategy, sample or everyone(federation.num_clients), federation.num_clients, plan.seed)
+    assembly = Assembly(federation, model, adopted, actions, sample, engine(federation, actions, plan.seed))
     told = {name: repr(value) for name, value in {"strategy": strategy, **clients}.items()}
     tables = {name: value for name, value in asdict(plan).items() if value is not None} | {"objects": told}
     with threads(plan.threads):
         job, written = prepare(assembly, plan, tables), tomli_w.dumps(tables)
         directory = _create(Path(root), job, written) if resume is None else Run.open(Path(resume))
         return drive(job, directory, resume is not None, display, written)
+
+
+def run_app(folder: str | Path, *, changes: Sequence[str] = (), num_nodes: int | None = None, seed: int = 0) -> Outcome:
+    """Runs the Flower app in a folder, as it is.
+
+    Args:
+        folder: has a pyproject.toml with [tool.flwr.app.components].
+        changes: "local-epochs=2", applied to the app's run config.
+        num_nodes: how many nodes; None: as the app's own default federation says, and 10 if it says nothing.
+        seed: of all that is drawn.
+
+    Raises:
+        ConfigError: there is no app, or it has no such configuration; nothing was run.
+        ClientAppsFailed: not one message was answered without an error.
+        Exception: what the server's app raised.
+    """
+    try:
+        app = load(Path(folder))
+        config = changed(app.run_config, dict(assignment(change) for change in changes))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return run_flower(
+        app.server_app, app.client_app, num_nodes=num_nodes or app.num_nodes or NODES, seed=seed, run_config=config
+    )
 
 
 @contextmanager

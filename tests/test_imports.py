@@ -33,13 +33,14 @@ ROOMS = (
     {"config"},
     {"environment", "progress", "trackers", "report"},
     {"job"},
-    {"launch", "apps", "doctor", "testing"},
+    {"launch", "doctor", "testing"},
+    {"apps"},
     {"cli"},
     {"__init__", "__main__"},  # what fedsim shows to others, and `python -m fedsim`
 )
 # One module for each outside world.
 CONFINED = {
-    "flwr": ("fedsim.flower", "fedsim.strategy"),
+    "flwr": ("fedsim.flower", "fedsim.strategy", "fedsim.apps"),
     "ray": ("fedsim.engines.ray",),
     "pydantic": ("fedsim.config",),
     "rich": ("fedsim.cli", "fedsim.progress"),

@@ -19,9 +19,12 @@ from rich.text import Text
 
 from fedsim import config, doctor
 from fedsim.cli.endings import ending, out, reading
+from fedsim.config import ConfigError
+from fedsim.flower import Outcome
 from fedsim.job import Result
 from fedsim.launch import resume as resume_run
 from fedsim.launch import run as run_experiment
+from fedsim.launch import run_app
 from fedsim.progress import display
 from fedsim.report import compare as compare_runs
 from fedsim.report import write_report
@@ -52,17 +55,33 @@ def fedsim(
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled experiment.")],
+    experiment: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a bundled experiment.")] = None,
     changes: Changes = None,
     seeds: Annotated[
         list[int] | None, typer.Option("--seeds", help="One run for each of these seeds: 0 1 2, or 0,1,2.")
     ] = None,
     root: Root = Path("runs"),
     tracker: TrackerName = None,
+    flower_app: Annotated[
+        Path | None, typer.Option("--flower-app", help="Run the Flower app in this folder instead of an experiment.")
+    ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option("--num-nodes", min=1, help="How many nodes the Flower app has; 10 if nothing says so.")
+    ] = None,
     full: FullTrace = False,
 ) -> None:
-    """Run an experiment, write its report, and say where it is."""
+    """Run an experiment, write its report, and say where it is. Or run somebody's Flower app."""
     with ending(full):
+        if flower_app is not None:
+            if experiment is not None or tracker is not None:
+                raise ConfigError("--flower-app runs an app, no experiment: it takes --set, --seeds and --num-nodes")
+            for number in seeds or [0]:
+                _app_closing(run_app(flower_app, changes=changes or [], num_nodes=num_nodes, seed=number))
+            return
+        if experiment is None:
+            raise ConfigError("name an experiment (`fedsim list` shows those that are here), or --flower-app FOLDER")
+        if num_nodes is not None:
+            raise ConfigError("--num-nodes is for --flower-app; how many clients there are, an experiment says")
         results = []
         for seed in seeds if seeds else [None]:
             told = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
@@ -160,6 +179,26 @@ def _closing(result: Result) -> None:
     out.print(f"{'  '.join(words) or 'done'}  after {len(result.metrics)} rounds")
     out.print(f"run     {result.path}")
     out.print(f"report  {result.path / 'report' / 'index.html'}")
+
+
+def _app_closing(outcome: Outcome) -> None:
+    """The last metrics of each kind, and what failed."""
+    kinds = {"train": "train_metrics_clientapp", "evaluate": "evaluate_metrics_clientapp"}
+    for kind, name in (kinds | {"server": "evaluate_metrics_serverapp"}).items():
+        rounds = getattr(outcome.result, name, {})
+        if rounds:
+            words = [
+                f"{key} {value:.4f}" for key, value in rounds[max(rounds)].items() if isinstance(value, float | int)
+            ]
+            out.print(f"{kind:<9}round {max(rounds)}  {'  '.join(words)}")
+    if outcome.result is None:
+        out.print("done; the app has a loop of its own, so its metrics are where it puts them")
+    if outcome.failed:
+        last = outcome.failed[-1]
+        told = last.reason.splitlines()[-1]
+        out.print(
+            f"failed   {len(outcome.failed)} messages; the last, {last.message_type} of node {last.partition}: {told}"
+        )
 
 
 def _has(result: Result, name: str) -> bool:

@@ -5,7 +5,19 @@ the callable's signature and types before anything starts. Arguments that an exp
 them anyway (the model, the federation, the seed, ...) are filled in by name.
 """
 
-from fedsim.config.experiment import PARTS, Assembly, Experiment, assemble, bundled, locate, read, resolve
+from fedsim.config.experiment import (
+    PARTS,
+    Assembly,
+    Experiment,
+    Supplies,
+    assemble,
+    assignment,
+    bundled,
+    locate,
+    read,
+    resolve,
+    supply,
+)
 from fedsim.config.plugins import ConfigError, find, fingerprints, names
 from fedsim.config.recipe import Recipe, recipe
 
@@ -15,7 +27,9 @@ __all__ = [
     "ConfigError",
     "Experiment",
     "Recipe",
+    "Supplies",
     "assemble",
+    "assignment",
     "bundled",
     "find",
     "fingerprints",
@@ -24,4 +38,5 @@ __all__ = [
     "read",
     "recipe",
     "resolve",
+    "supply",
 ]

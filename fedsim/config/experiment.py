@@ -16,6 +16,8 @@ from fedsim.config.recipe import Recipe, describe, recipe, unfit
 from fedsim.data.dataset import Dataset
 from fedsim.data.federation import Federation, Partition
 from fedsim.engines.engine import Engine
+from fedsim.flower.guest import is_flower
+from fedsim.foreign import Foreign, adopt
 from fedsim.model import Model
 from fedsim.strategy import Strategy
 from fedsim.task import Sampler
@@ -149,17 +151,21 @@ def _parse(path: Path) -> Table:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def _change(tables: Table, change: str) -> None:
+def assignment(change: str) -> tuple[str, Any]:
+    """Key and value of "strategy.lr=0.1", in TOML's notation; a value that is not TOML is a string."""
     key, equals, text = change.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {shown(change)}: must be like strategy.lr=0.1")
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, RecursionError):
         parsed = {}
-    value = parsed["value"] if len(parsed) == 1 else text
-    *path, last = parts
+    return ".".join(part.strip() for part in key.split(".")), parsed["value"] if len(parsed) == 1 else text
+
+
+def _change(tables: Table, change: str) -> None:
+    key, value = assignment(change)
+    *path, last = key.split(".")
     branch = tables
     for depth, part in enumerate(path):
         default = None if depth else getattr(Experiment.model_fields.get(part), "default", None)
@@ -215,6 +221,14 @@ def resolve(experiment: Experiment, folder: Path | None = None) -> Experiment:
     return experiment.model_copy(update=tables | {"clients": {name: client.table for name, client in clients.items()}})
 
 
+class Supplies(NamedTuple):
+    """What the local side of a simulation consists of."""
+
+    federation: Federation
+    model: Model
+    clients: dict[str, Client]
+
+
 def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
     """Checks every table of an experiment, then makes its objects.
 
@@ -223,6 +237,37 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
         ConnectionError: the data could not be fetched.
     """
     recipes, locals_ = _recipes(experiment, folder)
+    context, supplies = _supply(experiment, recipes, locals_)
+    federation, model, clients = supplies
+    use = recipes["strategy"].use
+    strategy = recipes["strategy"].make(context)
+    if not is_flower(strategy):
+        raise ConfigError(
+            f"strategy: {use} gives a {type(strategy).__name__}, it must give a Strategy, ours or Flower's"
+        )
+    sample = recipes["sample"].make(context)
+    if not callable(sample):
+        raise ConfigError(f"sample: {recipes['sample'].use} gives {shown(sample)}, it must give a sampler (a function)")
+    strategy, sample = adopt(strategy, sample, federation.num_clients, experiment.seed)
+    # One of Flower's has a memory, and may be asked once a round only.
+    asked = "train" if isinstance(strategy, Foreign) else strategy.configure(strategy.init(model.params), 1).action
+    if asked not in clients:
+        raise ConfigError(
+            f"clients.{asked} is missing: {use} asks the clients to {asked}; "
+            f"there are clients.{', clients.'.join(clients)}"
+        )
+    return Assembly(federation, model, strategy, clients, sample, _made(recipes["engine"], context, Engine))
+
+
+def supply(experiment: Experiment, folder: Path | None = None) -> Supplies:
+    """The local side alone, for a node that has nothing to do with the server's; raises as `assemble`."""
+    return _supply(experiment, *_recipes(experiment, folder))[1]
+
+
+def _supply(
+    experiment: Experiment, recipes: Mapping[str, Recipe], locals_: Mapping[str, Recipe]
+) -> tuple[dict[str, Any], Supplies]:
+    """The local side, and the arguments to fill in for the rest."""
     context: dict[str, Any] = {"seed": experiment.seed}
     dataset = context["dataset"] = _made(recipes["data"], context, Dataset)
     context["columns"] = dataset.columns
@@ -232,17 +277,7 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
     context["num_classes"] = len(federation.names["y"]) if "y" in federation.names else None
     model = context["model"] = _made(recipes["model"], context, Model)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
-    strategy = _made(recipes["strategy"], context, Strategy)
-    asked = strategy.configure(strategy.init(model.params), 1).action
-    if asked not in clients:
-        raise ConfigError(
-            f"clients.{asked} is missing: {recipes['strategy'].use} asks the clients to {asked}; "
-            f"there are clients.{', clients.'.join(clients)}"
-        )
-    sample = recipes["sample"].make(context)
-    if not callable(sample):
-        raise ConfigError(f"sample: {recipes['sample'].use} gives {shown(sample)}, it must give a sampler (a function)")
-    return Assembly(federation, model, strategy, clients, sample, _made(recipes["engine"], context, Engine))
+    return context, Supplies(federation, model, clients)
 
 
 def _made(part: Recipe, context: Mapping[str, Any], kind: type[Any]) -> Any:

@@ -4,6 +4,7 @@ Where a new version of Flower moves something of this, tests/flower/test_compat.
 changes.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -30,6 +31,7 @@ __all__ = [
     "captured",
     "ensure_identity",
     "private_message",
+    "quiet",
     "stamp",
     "swift_arrays",
 ]
@@ -60,6 +62,18 @@ def private_message(metadata: Metadata, content: RecordDict) -> Message:
     own = content.copy()
     own.__dict__["_data"] = {name: record.copy() for name, record in content.items()}  # they have been checked before
     return make_message(metadata=metadata, content=own)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, Flower's log tells only of what is wrong: fedsim's own display tells of rounds."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
