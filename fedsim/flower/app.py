@@ -67,6 +67,14 @@ class Job(NamedTuple):
     context: Context
 
 
+class Answer(NamedTuple):
+    """What became of it."""
+
+    reply: Message
+    context: Context  # as it is afterwards
+    traceback: str = ""  # of what the app raised
+
+
 @dataclass(frozen=True)
 class Handler:
     """What a node does with a message; with a ClientApp that can be pickled, it can."""
@@ -74,7 +82,7 @@ class Handler:
     app: ClientApp
     seed: int
 
-    def __call__(self, content: RecordDict, job: Job) -> tuple[Message, Context]:
+    def __call__(self, content: RecordDict, job: Job) -> Answer:
         """The reply, or an error in its place, and the node's Context afterwards.
 
         What it draws from the global generators depends on the seed, the node and the number of its message alone.
@@ -89,9 +97,13 @@ class Handler:
                 raise TypeError(f"the ClientApp returned a {type(reply).__name__}, it must return a Message")
         except (Exception, SystemExit) as error:  # whatever it raises costs this node alone, and is told
             job.context.state = RecordDict() if kept is None else kept
-            told = "".join(traceback.format_exception(error)).strip()
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told), reply_to=message)
-        return reply, job.context
+            told = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}")
+            return Answer(Message(told, reply_to=message), job.context, _trace(error))
+        return Answer(reply, job.context)
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).strip()
 
 
 class AppNodes:
@@ -115,25 +127,25 @@ class AppNodes:
 
     def _answer(self, pairs: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """The replies to messages of the same content, which is handed over once."""
-        answers: Iterator[tuple[Message, Context] | Exception]
+        answers: Iterator[Answer | Exception]
         answers = self.engine.map(self.handler, pairs[0][1].content, self._jobs(pairs))
         for (partition, message), answer in zip(pairs, answers, strict=True):
             if isinstance(answer, Exception):  # not the app's: its worker died, say
-                told = "".join(traceback.format_exception(answer)).strip()
-                reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, told), reply_to=message)
-            else:
-                reply, self.contexts[partition] = answer
-            if reply.has_error():
-                self.failed.append(self._failure(partition, message, reply))
+                told = Error(ErrorCode.CLIENT_APP_CRASHED, f"{type(answer).__name__}: {answer}")
+                answer = Answer(Message(told, reply_to=message), self.contexts[partition], _trace(answer))
+            self.contexts[partition] = answer.context
+            if answer.reply.has_error():
+                self.failed.append(self._failure(partition, message, answer))
             else:
                 self.answered += 1
-            yield reply
+            yield answer.reply
 
-    def _failure(self, partition: int, message: Message, reply: Message) -> Failure:
+    def _failure(self, partition: int, message: Message, answer: Answer) -> Failure:
         configs = message.content.config_records.values()
         told = next((config["server-round"] for config in configs if "server-round" in config), 0)
         number = told if isinstance(told, int) else 0
-        return Failure(partition, message.metadata.message_type, number, str(reply.error.reason))
+        reason = answer.traceback or str(answer.reply.error.reason)
+        return Failure(partition, message.metadata.message_type, number, reason)
 
     def _jobs(self, pairs: Sequence[tuple[int, Message]]) -> Iterator[Job]:
         for partition, message in pairs:

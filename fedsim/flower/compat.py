@@ -14,7 +14,6 @@ import numpy as np
 from flwr.app import Array, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import server_app
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
@@ -26,7 +25,6 @@ from fedsim.flower import npy
 __all__ = [
     "Error",
     "ErrorCode",
-    "NodeInfo",
     "Run",
     "captured",
     "ensure_identity",
