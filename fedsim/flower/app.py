@@ -9,7 +9,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential
 from fedsim.flower.compat import Error, ErrorCode, captured, private_message, swift_arrays
-from fedsim.flower.grid import SimulationGrid
+from fedsim.flower.grid import SimulationGrid, alike
 from fedsim.randomness import reseed, seeding
 from fedsim.ranges import Count, Natural, checked
 
@@ -122,8 +121,8 @@ class AppNodes:
         if not batch:
             return
         with seeding(self.handler.seed, "nodes"):
-            for _, pairs in groupby(batch, lambda pair: id(pair[1].content)):
-                yield from self._answer(list(pairs))
+            for pairs in alike(batch):
+                yield from self._answer(pairs)
 
     def _answer(self, pairs: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """The replies to messages of the same content, which is handed over once."""

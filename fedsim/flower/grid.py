@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -146,6 +145,22 @@ class SimulationGrid(Grid):
             self._carry_out(list(self._waiting), None)
 
 
+def alike(batch: Sequence[tuple[int, Message]]) -> Iterator[list[tuple[int, Message]]]:
+    """The batch in parts that can be carried out at once: same content, same type, one message to a node."""
+    part: list[tuple[int, Message]] = []
+    busy: set[int] = set()
+    for node, message in batch:
+        first = part[0][1] if part else message
+        same = message.content is first.content and message.metadata.message_type == first.metadata.message_type
+        if node in busy or not same:
+            yield part
+            part, busy = [], set()
+        part.append((node, message))
+        busy.add(node)
+    if part:
+        yield part
+
+
 class ClientNodes:
     """Fedsim's clients behind a grid: messages with the same content are one task, which an engine carries out.
 
@@ -159,17 +174,14 @@ class ClientNodes:
 
     def answer(self, batch: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """The reply to each message, in order."""
+        for pairs in alike(batch):
+            yield from self._carry_out(pairs)
 
-        def content(pair: tuple[int, Message]) -> tuple[int, str]:
-            return id(pair[1].content), pair[1].metadata.message_type
-
-        for (_, kind), pairs in groupby(batch, content):
-            yield from self._carry_out(kind, list(pairs))
-
-    def _carry_out(self, kind: str, pairs: Sequence[tuple[int, Message]]) -> Iterator[Message]:
-        """The replies to messages of the same content."""
+    def _carry_out(self, pairs: Sequence[tuple[int, Message]]) -> Iterator[Message]:
+        """The replies to messages that are alike."""
+        first = pairs[0][1]
         try:
-            task = decode_task(pairs[0][1].content, kind)._replace(reduce="stack")
+            task = decode_task(first.content, first.metadata.message_type)._replace(reduce="stack")
             ids = [number for number, _ in pairs]
             replies = self.engine.execute(task, Cohort(ids, self.personal.gather(ids)))
         except Exception as error:  # no client can answer this
