@@ -126,7 +126,15 @@ def _faults(tables: Mapping[str, Any], error: ValidationError) -> list[str]:
 def locate(source: str | Path) -> Path:
     """The file of an experiment given by its path or by the name of a bundled one."""
     try:
-        for path in (Path(source), Path(f"{source}.toml"), EXPERIMENTS / f"{source}.toml", EXPERIMENTS / source):
+        # The last one is for a node, whose current folder is not where fedsim lies.
+        there = (
+            Path(source),
+            Path(f"{source}.toml"),
+            EXPERIMENTS / f"{source}.toml",
+            EXPERIMENTS / source,
+            HOME / source,
+        )
+        for path in there:
             if path.is_file():
                 return path
     except OSError as error:  # a name that is too long, or a folder that may not be read
