@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("population", "packing")
+BENCHMARKS = ("population", "packing", "flower")
 
 
 def main() -> None:
