@@ -18,9 +18,8 @@ NUMPY = "numpy.ndarray"  # how Flower names arrays in .npy format
 BITS = "fedsim.bits"  # for types that numpy does not have: .npy of integers with the same bits
 _BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _BITS}
-_KINDS = {"bool", "complex64", "complex128", "float16", "float32", "float64"} | {
-    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
-}
+_ROWS = ("index", "values", "size")
+_DEEPEST = 64  # branches in one another; trees are walked by functions that call themselves
 
 
 class MalformedMessage(ValueError):  # noqa: N818 - says what it is
@@ -29,7 +28,7 @@ class MalformedMessage(ValueError):  # noqa: N818 - says what it is
 
 def to_array(tensor: Tensor) -> Array:
     """A tensor as Flower's array."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     bits = _BITS.get(tensor.dtype)
     values = (tensor if bits is None else tensor.contiguous().view(bits)).numpy()
     name = str(values.dtype) if bits is None else str(tensor.dtype).removeprefix("torch.")
@@ -45,10 +44,12 @@ def to_tensor(array: Array, where: str = "array") -> Tensor:
     shape, dtype = values.shape, values.dtype.newbyteorder("=")
     stored = str(dtype)
     special = _NAMES.get(array.dtype) if array.stype == BITS else None
-    if special is None and (array.stype != NUMPY or stored not in _KINDS):
+    if special is None and (array.stype != NUMPY or stored not in npy.KINDS.values()):
         raise MalformedMessage(f"{where} is {stored} serialised as {array.stype!r}: not among the types that travel")
-    told = stored if special is None else str(_BITS[special]).removeprefix("torch.")
-    if (array.dtype if special is None else stored) != told or tuple(array.shape) != shape:
+    told = "" if special is None else str(_BITS[special]).removeprefix("torch.")
+    # numpy, and with it Flower, names a type whose bytes stand in the other order ">f4"
+    said = (array.dtype in (stored, str(values.dtype))) if special is None else stored == told
+    if not said or tuple(array.shape) != shape:
         raise MalformedMessage(f"{where} says {array.dtype} {tuple(array.shape)} and holds {stored} {shape}")
     tensor = torch.from_numpy(np.array(values, dtype, order="C"))
     return tensor if special is None else tensor.view(special)
@@ -61,39 +62,51 @@ def flatten(branch: Tree) -> dict[str, Tensor]:
 
 def _bare(branch: Tree, prefix: str = "") -> Iterator[str]:
     for name, leaf in branch.items():
+        if not name or "/" in name or "@" in name:  # of branches without a leaf, tree.flatten looks at no name
+            raise ValueError(f"{prefix}{name!r}: a key must be a string without '/' and '@', and not empty")
         if isinstance(leaf, dict):
             yield from _bare(leaf, f"{prefix}{name}/") if leaf else [prefix + name]
 
 
+def _base(name: str) -> str:
+    """The leaf or the empty branch that an array of this name belongs to."""
+    base, at, _ = name.rpartition("@")
+    return base if at else name.removesuffix("/")
+
+
 def unflatten(flat: Mapping[str, Tensor], where: str = "tree") -> Tree:
     """The tree that `flatten` took apart; raises MalformedMessage for names or rows that no tree has."""
-    for name in flat:
-        parts = name.removesuffix("/").split("/")
-        if not all(parts) or any("@" in part for part in parts[:-1]):
-            raise MalformedMessage(f"{where}: {name!r} is no name of a leaf")
+    ends: dict[str, str] = {}
+    for name, leaf in flat.items():
+        base = _base(name)
+        if not all(base.split("/")) or "@" in base or base.count("/") >= _DEEPEST:
+            raise MalformedMessage(f"{where}: {name[:200]!r} is no name of a leaf")
+        if base in ends and not ("@" in name and "@" in ends[base]):
+            raise MalformedMessage(f"{where}: {base!r} is both {ends[base]!r} and {name!r}")
+        if name.endswith("/") and leaf.numel():
+            raise MalformedMessage(f"{where}: {name!r} is an empty branch, and there is something in it")
+        ends[base] = name
+    for base, name in ends.items():
+        parts = base.split("/")
         above = ("/".join(parts[:depth]) for depth in range(1, len(parts)))
-        if inside := next((leaf for leaf in above if leaf in flat), None):
-            raise MalformedMessage(f"{where}: {inside!r} is a leaf, and {name!r} is in it")
-        if name.endswith("/") and name.removesuffix("/") in flat:
-            raise MalformedMessage(f"{where}: {name!r} is a branch and a leaf")
-        base, at, part = name.rpartition("@")
-        if at:
-            _check_rows(flat, base, part, where)
+        if inside := next((end for end in above if end in ends), None):
+            raise MalformedMessage(f"{where}: {ends[inside]!r} is a leaf or empty, and {name!r} is in it")
+        if "@" in name:
+            _check_rows(flat, base, where)
     made = tree.unflatten({name: leaf for name, leaf in flat.items() if not name.endswith("/")})
     for name in flat:
         if name.endswith("/"):
             branch = made
             for part in name.removesuffix("/").split("/"):
                 branch = branch.setdefault(part, {})
-            if branch:
-                raise MalformedMessage(f"{where}: {name!r} is an empty branch, and there is something in it")
     return made
 
 
-def _check_rows(flat: Mapping[str, Tensor], base: str, part: str, where: str) -> None:
-    index, values, size = (flat.get(f"{base}@{part}") for part in ("index", "values", "size"))
+def _check_rows(flat: Mapping[str, Tensor], base: str, where: str) -> None:
+    index, values, size = (flat.get(f"{base}@{part}") for part in _ROWS)
     here = f"{where}: rows of {base!r}"
-    if part not in ("index", "values", "size") or index is None or values is None or size is None or base in flat:
+    others = {name for name in flat if name.startswith(f"{base}@")} - {f"{base}@{part}" for part in _ROWS}
+    if others or index is None or values is None or size is None:
         raise MalformedMessage(f"{here} need @index, @values and @size, and nothing else")
     if index.dtype != torch.int64 or size.dtype != torch.int64 or size.numel() != 1 or index.ndim not in (1, 2):
         raise MalformedMessage(f"{here}: index and size must be int64, index (R,) or (C, R), size one number")

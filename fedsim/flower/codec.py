@@ -16,75 +16,20 @@ Whatever comes from outside is checked before anything is made of it; what is wr
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.parse import quote, unquote
 
-import safetensors
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fedsim import tree
-from fedsim.flower.arrays import MalformedMessage, flatten, pack, unflatten, unpack
+from fedsim.flower.arrays import MalformedMessage, pack, unpack
+from fedsim.flower.records import NUMBERS, VERSION, about_of, config_of, join, list_of, only, split
 from fedsim.task import Replies, Reply, Task
 from fedsim.tree import Tree
 
-VERSION = 1
 WEIGHT = "num-examples"
-
-
-class _Halves(NamedTuple):
-    """A tree in two: what Flower's strategies look at, and what they do not."""
-
-    arrays: ArrayRecord
-    about: dict[str, Any]  # for the record "fedsim"
-
-
-def _split(whole: Tree) -> _Halves:
-    params = whole.get("params")
-    model = isinstance(params, dict)
-    rest = flatten({name: branch for name, branch in whole.items() if not (model and name == "params")})
-    about: dict[str, Any] = {"version": VERSION, "params": model}
-    if rest:
-        about["rest"] = save({name: leaf.detach().cpu().contiguous().clone() for name, leaf in rest.items()})
-    return _Halves(pack(params) if isinstance(params, dict) else ArrayRecord(), about)
-
-
-def _join(arrays: ArrayRecord, about: Mapping[str, Any], where: str) -> Tree:
-    params = unpack(arrays, f"{where}: arrays")
-    if params and not about.get("params", True):
-        raise MalformedMessage(f"{where}: arrays hold {', '.join(params)}, and there should be none")
-    whole: Tree = {"params": params} if about.get("params", True) else {}
-    rest = about.get("rest", b"")
-    if not isinstance(rest, bytes):
-        raise MalformedMessage(f"{where}: rest is a {type(rest).__name__}, must be bytes")
-    try:
-        others = unflatten(load(rest), f"{where}: rest") if rest else {}
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise MalformedMessage(f"{where}: rest is not in safetensors format: {error}") from None
-    if "params" in others and "params" in whole:
-        raise MalformedMessage(f"{where}: there are two branches 'params'")
-    return whole | others
-
-
-def _about(content: RecordDict, where: str) -> Mapping[str, Any]:
-    """The record "fedsim"; empty in messages of other apps."""
-    about: Any = content.get("fedsim", {})
-    if not isinstance(about, ConfigRecord | dict):
-        raise MalformedMessage(f"{where}: 'fedsim' is a {type(about).__name__}, must be a ConfigRecord")
-    if about and about.get("version") != VERSION:
-        raise MalformedMessage(
-            f"{where}: of version {about.get('version')!r}; this fedsim reads version {VERSION}: "
-            "have the same fedsim on all nodes"
-        )
-    return about
-
-
-def _only(records: Mapping[str, Any], kind: str, where: str) -> Any:
-    """The one record of its kind."""
-    if len(records) != 1:
-        raise MalformedMessage(f"{where}: must hold one {kind}, holds {', '.join(map(repr, records)) or 'none'}")
-    return next(iter(records.values()))
 
 
 def message_type(action: str) -> str:
@@ -102,7 +47,7 @@ def action_of(message_type: str) -> str:
 
 def encode_task(task: Task, config: Mapping[str, Any] | None = None) -> RecordDict:
     """A task as the content of a message to each of its clients; `task.ids` is who is to do it, None: the receiver."""
-    arrays, about = _split(task.shared)
+    arrays, about = split(task.shared)
     about |= {"action": task.action, "round": task.round, "reduce": task.reduce}
     told = ConfigRecord({**(config or {}), "server-round": task.round})
     content = RecordDict({"arrays": arrays, "config": told, "fedsim": ConfigRecord(about)})
@@ -113,28 +58,30 @@ def encode_task(task: Task, config: Mapping[str, Any] | None = None) -> RecordDi
 
 def decode_task(content: RecordDict, kind: str, where: str = "task") -> Task:
     """The task in a message of this type, fedsim's or another app's."""
-    about = _about(content, where)
-    shared = _join(_only(content.array_records, "ArrayRecord", where), about, where)
-    configs = content.config_records
-    told: Mapping[str, Any] = configs.get("config", {})
-    number = about.get("round", told.get("server-round", 0))
-    ids = configs["clients"].get("ids") if "clients" in configs else None
-    if not isinstance(number, int) or not (ids is None or isinstance(ids, list)):
-        raise MalformedMessage(f"{where}: round must be an integer, ids a list, got {number!r} and {ids!r}")
+    about = about_of(content, where)
+    shared = join(only(content.array_records, "ArrayRecord", where), about, where)
+    number = about.get("round", config_of(content, "config", where).get("server-round", 0))
+    if type(number) is not int:
+        raise MalformedMessage(f"{where}: round must be an integer, got {number!r}")
+    clients = config_of(content, "clients", where)
+    ids = list_of(clients, "ids", int, where) if "clients" in content else None
+    if "clients" in content and ("ids" not in clients or any(client < 0 for client in ids or [])):
+        raise MalformedMessage(f"{where}: clients must have ids from 0 on, got {str(ids)[:200]}")
     reduce = about.get("reduce", "stack")
     if reduce not in ("stack", "mean", "sum"):
         raise MalformedMessage(f"{where}: reduce must be one of stack, mean, sum, got {reduce!r}")
     if about.get("action", action_of(kind)) != action_of(kind):
         raise MalformedMessage(f"{where}: a message of type {kind!r} asks for the action {about['action']!r}")
-    return Task(action_of(kind), shared, ids, number, reduce)  # type: ignore[arg-type]
+    return Task(action_of(kind), shared, ids, number, reduce)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
     """What one client sends, its leaves not stacked. What it keeps for itself is not in it."""
     if WEIGHT in reply.metrics:
         raise ValueError(f"a metric cannot be called {WEIGHT!r}: that is the weight's name on the wire")
-    arrays, about = _split(reply.update)
+    arrays, about = split(reply.update)
     numbers = {WEIGHT: reply.weight, **reply.metrics}
+    about["metrics"] = list(numbers)
     about["dtypes"] = [str(value.dtype).removeprefix("torch.") for value in numbers.values()]
     metrics = MetricRecord({name: _number(value) for name, value in numbers.items()})
     return RecordDict({"arrays": arrays, "metrics": metrics, "fedsim": ConfigRecord(about)})
@@ -153,20 +100,24 @@ def decode_reply(content: RecordDict, like: Tree | None = None, where: str = "re
         like: what clients were sent; a leaf of the update that has a name of it must have its shape too.
         where: for messages.
     """
-    about = _about(content, where)
+    about = about_of(content, where)
     records = content.array_records
-    arrays = _only(records, "ArrayRecord", where) if records or about else ArrayRecord()
-    update = _join(arrays, about, where) if records else {}
-    numbers: Mapping[str, Any] = _only(content.metric_records, "MetricRecord", where)
+    arrays = only(records, "ArrayRecord", where) if records or about else ArrayRecord()
+    update = join(arrays, about, where) if records else {}
+    numbers: Mapping[str, Any] = only(content.metric_records, "MetricRecord", where)
     if WEIGHT not in numbers:
         raise MalformedMessage(
             f"{where}: metrics lack {WEIGHT!r}, by which means are weighted; they hold {list(numbers)}"
         )
     weight = numbers[WEIGHT]
-    if isinstance(weight, list) or not (math.isfinite(weight) and weight >= 0):
-        raise MalformedMessage(f"{where}: {WEIGHT} must be a number >= 0, got {weight!r}")
-    names = about.get("dtypes", [])
-    dtypes = dict(zip(numbers, names, strict=True)) if len(names) == len(numbers) else {}
+    if isinstance(weight, list) or not 0 <= weight < math.inf:  # NaN is not, either
+        raise MalformedMessage(f"{where}: {WEIGHT} must be a number >= 0, got {str(weight)[:200]}")
+    names, types = (list_of(about, key, str, where) for key in ("metrics", "dtypes"))
+    if types and len(names) != len(types):
+        raise MalformedMessage(f"{where}: {len(types)} dtypes for {len(names)} metrics")
+    dtypes = dict(zip(names, types, strict=False))  # mods of other people's may have added metrics, or taken some away
+    if dtypes.get(WEIGHT) == "bool":
+        raise MalformedMessage(f"{where}: {WEIGHT} must be a number, and not of type bool")
     tensors = {name: _scalar(value, dtypes.get(name), f"{where}: {name}") for name, value in numbers.items()}
     if like is not None:
         check_form(update, like, 0, where)
@@ -174,11 +125,15 @@ def decode_reply(content: RecordDict, like: Tree | None = None, where: str = "re
 
 
 def _scalar(value: Any, dtype: str | None, where: str) -> Tensor:
-    found = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
-    wanted = found.dtype if dtype is None else getattr(torch, str(dtype), None)
-    if not isinstance(wanted, torch.dtype):
+    own = torch.int64 if isinstance(value, int) else torch.float64
+    if dtype is not None and dtype not in NUMBERS:
         raise MalformedMessage(f"{where}: there is no type {dtype!r}")
-    return found.to(wanted)
+    wanted = own if dtype is None else NUMBERS[dtype]
+    whole = isinstance(value, int) and not wanted.is_floating_point  # uint64 has numbers that int64 has not
+    try:
+        return torch.tensor(value, dtype=wanted if whole else own).to(wanted)
+    except (RuntimeError, ValueError, OverflowError):
+        raise MalformedMessage(f"{where}: {str(value)[:200]} is no {wanted}") from None
 
 
 def check_form(update: Tree, like: Tree, stacked: int, where: str) -> None:
@@ -186,6 +141,8 @@ def check_form(update: Tree, like: Tree, stacked: int, where: str) -> None:
     sent = dict(tree.items(like))
     for name, leaf in tree.items(update):
         other = sent.get(name)
+        if isinstance(leaf, tree.Rows) and leaf.index.ndim != 1 + stacked:
+            raise MalformedMessage(f"{where}: {name} has indices of {leaf.index.ndim} axes, must be {1 + stacked}")
         if not isinstance(other, Tensor):
             continue
         if isinstance(leaf, tree.Rows):
@@ -198,7 +155,8 @@ def check_form(update: Tree, like: Tree, stacked: int, where: str) -> None:
 
 def encode_replies(replies: Replies) -> RecordDict:
     """What a node sends that ran several clients: all their replies, stacked, and why others have none."""
-    sent = {"update": replies.update, "weight": replies.weight, "metrics": replies.metrics}
+    metrics = {quote(name, safe=""): values for name, values in replies.metrics.items()}  # "hr@10" is no key of a tree
+    sent = {"update": replies.update, "weight": replies.weight, "metrics": metrics}
     about: dict[str, Any] = {"version": VERSION}
     about |= {"ids": list(map(int, replies.ids))} if replies.ids else {}
     if replies.failed:
@@ -208,22 +166,30 @@ def encode_replies(replies: Replies) -> RecordDict:
 
 def decode_replies(content: RecordDict, asked: Sequence[int], like: Tree, where: str = "replies") -> Replies:
     """The replies of a node to which these clients were given, all of them stacked, leaves (C, ...)."""
-    about = _about(content, where)
+    about = about_of(content, where)
     if not about or "replies" not in content.array_records:
         raise MalformedMessage(f"{where}: no reply of fedsim's: holds {', '.join(map(repr, content)) or 'nothing'}")
-    ids, lost, reasons = (list(about.get(name, [])) for name in ("ids", "failed", "reasons"))
+    ids, lost = (list_of(about, name, int, where) for name in ("ids", "failed"))
+    reasons = list_of(about, "reasons", str, where)
     if sorted([*ids, *lost]) != sorted(asked) or len(reasons) != len(lost):
-        raise MalformedMessage(f"{where}: answers for clients {[*ids, *lost]}, was asked for {list(asked)}")
+        raise MalformedMessage(
+            f"{where}: answers for clients {str([*ids, *lost])[:200]} with {len(reasons)} reasons, "
+            f"was asked for {list(asked)}"
+        )
     sent = unpack(content.array_records["replies"], where)
     weight, update, metrics = (sent.get(name, {}) for name in ("weight", "update", "metrics"))
-    if sent.keys() - {"weight", "update", "metrics"} or not isinstance(weight, Tensor) or isinstance(update, Tensor):
+    if sent.keys() - {"weight", "update", "metrics"} or not isinstance(weight, Tensor) or not isinstance(update, dict):
         raise MalformedMessage(f"{where}: must hold weight, update and metrics, holds {', '.join(sent)}")
-    leading = {len(leaf) if leaf.ndim else -1 for name, leaf in tree.flatten(sent).items() if "@size" not in name}
-    if ids and leading != {len(ids)}:
-        raise MalformedMessage(f"{where}: answers for {len(ids)} clients with leaves of {sorted(leading)}")
-    if not bool((weight >= 0).all()):  # NaN is not, either
-        raise MalformedMessage(f"{where}: weights must be numbers >= 0, got {weight.tolist()}")
-    if not isinstance(metrics, dict) or any(isinstance(leaf, dict) for leaf in metrics.values()):
+    if not isinstance(metrics, dict):
         raise MalformedMessage(f"{where}: metrics must be tensors by name")
+    for name, leaf in {"weight": weight, **metrics}.items():
+        if not isinstance(leaf, Tensor) or leaf.ndim != 1 or leaf.is_complex():
+            raise MalformedMessage(f"{where}: weight and metrics must be real numbers (C,), {name} is not")
+    leading = {len(leaf) if leaf.ndim else -1 for name, leaf in tree.flatten(sent).items() if "@size" not in name}
+    if leading != {len(ids)}:
+        raise MalformedMessage(f"{where}: answers for {len(ids)} clients with leaves of {sorted(leading)}")
+    if weight.dtype == torch.bool or not bool(((weight.double() >= 0) & weight.double().isfinite()).all()):
+        raise MalformedMessage(f"{where}: weights must be numbers >= 0, got {str(weight.tolist())[:200]}")
+    metrics = {unquote(name): values for name, values in metrics.items()}
     check_form(update, like, 1, where)
     return Replies(ids, weight, update, {}, metrics, dict(zip(lost, reasons, strict=True)))

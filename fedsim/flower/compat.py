@@ -90,7 +90,8 @@ def swift_arrays() -> Iterator[None]:
         return to_numpy(self) if values is None or not values.flags.c_contiguous else values.copy()
 
     def from_numpy_ndarray(cls: type[Array], ndarray: NDArray[Any]) -> Array:
-        if not isinstance(ndarray, np.ndarray) or ndarray.dtype.hasobject or not ndarray.flags.c_contiguous:
+        usual = isinstance(ndarray, np.ndarray) and ndarray.dtype.str[1:] in npy.KINDS and ndarray.flags.c_contiguous
+        if not usual:
             return cast(Array, from_numpy.__get__(None, cls)(ndarray))
         array = Array.__new__(cls)
         named = {"dtype": str(ndarray.dtype), "shape": ndarray.shape, "stype": "numpy.ndarray"}
