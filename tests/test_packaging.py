@@ -47,7 +47,6 @@ def sources() -> set[str]:
     """The files of the checkout that belong into a wheel."""
     wanted = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     wanted += [path for end in ("*.toml", "README.md") for path in (ROOT / "experiments").rglob(end)]
-    wanted += (ROOT / "fedsim" / "report").glob("*.css")
     return {path.relative_to(ROOT).as_posix() for path in (*wanted, ROOT / "fedsim" / "py.typed")}
 
 

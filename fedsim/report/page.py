@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 from fedsim.report.content import Fact, Fold, Section, Table
 from fedsim.report.formats import plain
 from fedsim.report.palette import DARK, LIGHT, variables
+from fedsim.report.style import STYLE
 
-_STYLE = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
 _TILES = 6  # in a row
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -37,7 +36,7 @@ def page(
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>{_text(title)}</title>
 <style>
-{style}{_STYLE}</style>
+{style}{STYLE}</style>
 </head>
 <body>
 <main>
