@@ -32,7 +32,10 @@ class Foreign(Strategy):
 
     def configure(self, state: Tree, round: int) -> Task:
         """What the strategy sends to those nodes that it chooses among the clients that were drawn."""
-        return self.guest.configure(_plain(state["params"]), round, self.sample(round))
+        task = self.guest.configure(_plain(state["params"]), round, self.sample(round))
+        like: Params = state["params"]
+        params = {name: leaf.to(like[name].dtype) for name, leaf in task.shared["params"].items() if name in like}
+        return task._replace(shared=task.shared | {"params": params})
 
     def draw(self, round: int, among: Ids | None = None) -> Draw:
         """Whom it chose: the sampler of a loop with this strategy."""

@@ -4,11 +4,12 @@ A message holds
 
     "arrays"    ArrayRecord    the model, that is the branch "params", each array under its parameter's name
     "metrics"   MetricRecord   in replies: "num-examples", the weight, and the client's metrics
-    "config"    ConfigRecord   in tasks: what the server's user says to clients, and "server-round"
-    "fedsim"    ConfigRecord   "version", and all that the others cannot hold; "rest" are the other branches
+    "config"    ConfigRecord   in tasks: what the server's user says to clients, "server-round", and, under "fedsim.",
+                               "version" and all that the others cannot hold; "rest" are the other branches
+    "fedsim"    ConfigRecord   the same in replies
 
-so that Flower's strategies, wrappers and checks find what they look for, and messages of other people's apps, which
-have no record "fedsim", can be read too. A node that runs several clients answers with all of them, stacked, as
+so that Flower's strategies, wrappers, mods and checks find what they look for, and messages of other people's apps,
+which say nothing of fedsim, can be read too. A node that runs several clients answers with all of them, stacked, as
 "replies".
 
 Whatever comes from outside is checked before anything is made of it; what is wrong raises MalformedMessage.
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.flower.arrays import MalformedMessage, pack, unpack
-from fedsim.flower.records import NUMBERS, VERSION, about_of, config_of, join, list_of, only, split
+from fedsim.flower.records import NUMBERS, VERSION, about_of, checked, config_of, join, list_of, only, split
 from fedsim.task import Replies, Reply, Task
 from fedsim.tree import Tree
 
 WEIGHT = "num-examples"
+OURS = "fedsim."  # before what is ours in a task's "config": mods of Flower's allow for one ConfigRecord
 
 
 def message_type(action: str) -> str:
@@ -49,23 +51,22 @@ def encode_task(task: Task, config: Mapping[str, Any] | None = None) -> RecordDi
     """A task as the content of a message to each of its clients; `task.ids` is who is to do it, None: the receiver."""
     arrays, about = split(task.shared)
     about |= {"action": task.action, "round": task.round, "reduce": task.reduce}
-    told = ConfigRecord({**(config or {}), "server-round": task.round})
-    content = RecordDict({"arrays": arrays, "config": told, "fedsim": ConfigRecord(about)})
-    if task.ids is not None:
-        content["clients"] = ConfigRecord({"ids": list(map(int, task.ids))})
-    return content
+    about |= {} if task.ids is None else {"ids": list(map(int, task.ids))}
+    ours = {OURS + name: value for name, value in about.items()}
+    told = ConfigRecord({**(config or {}), "server-round": task.round, **ours})
+    return RecordDict({"arrays": arrays, "config": told})
 
 
 def decode_task(content: RecordDict, kind: str, where: str = "task") -> Task:
     """The task in a message of this type, fedsim's or another app's."""
-    about = about_of(content, where)
+    told = config_of(content, "config", where)
+    about = checked({name.removeprefix(OURS): value for name, value in told.items() if name.startswith(OURS)}, where)
     shared = join(only(content.array_records, "ArrayRecord", where), about, where)
-    number = about.get("round", config_of(content, "config", where).get("server-round", 0))
+    number = about.get("round", told.get("server-round", 0))
     if type(number) is not int:
         raise MalformedMessage(f"{where}: round must be an integer, got {number!r}")
-    clients = config_of(content, "clients", where)
-    ids = list_of(clients, "ids", int, where) if "clients" in content else None
-    if "clients" in content and ("ids" not in clients or any(client < 0 for client in ids or [])):
+    ids = list_of(about, "ids", int, where) if "ids" in about else None
+    if any(client < 0 for client in ids or []):
         raise MalformedMessage(f"{where}: clients must have ids from 0 on, got {str(ids)[:200]}")
     reduce = about.get("reduce", "stack")
     if reduce not in ("stack", "mean", "sum"):

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from fedsim.engines.engine import Engine, Gathering
 from fedsim.flower.arrays import MalformedMessage
-from fedsim.flower.codec import decode_replies, encode_task, message_type
+from fedsim.flower.codec import OURS, decode_replies, encode_task, message_type
 from fedsim.flower.node import WHO
 from fedsim.ranges import Count, Positive, checked
 from fedsim.task import Cohort, Replies, Reply, Task
@@ -57,10 +57,11 @@ class GridEngine(Engine):
                 held.setdefault(hosts[partition], []).append(client)
             else:
                 gathering.failed[client] = f"the node of partition {partition} is gone"
-        shared = encode_task(task._replace(ids=None))
-        messages = {
-            node: RecordDict({**shared, "clients": ConfigRecord({"ids": ids})}) for node, ids in sorted(held.items())
-        }
+        common = encode_task(task)
+        messages = {}
+        for node, ids in sorted(held.items()):
+            told = ConfigRecord({**common.config_records["config"], f"{OURS}ids": ids})
+            messages[node] = RecordDict({**common, "config": told})
         for node, reply in self._ask(messages, message_type(task.action), str(task.round), self.timeout):
             self._take_in(gathering, task, reply, held.pop(node), f"partition {self.places[node]}")
         for node, ids in held.items():

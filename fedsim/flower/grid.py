@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedsim.engines.engine import Engine
 from fedsim.flower.codec import decode_task, encode_reply
 from fedsim.flower.compat import Error, ErrorCode, Run, ensure_identity, stamp
-from fedsim.flower.node import alone
+from fedsim.flower.node import alone, fitted
 from fedsim.personal import Personal
 from fedsim.randomness import keys
 from fedsim.ranges import Count, Natural, checked
@@ -182,6 +182,7 @@ class ClientNodes:
         first = pairs[0][1]
         try:
             task = decode_task(first.content, first.metadata.message_type)._replace(reduce="stack")
+            task = fitted(task, getattr(self.engine, "clients", {}))
             ids = [number for number, _ in pairs]
             replies = self.engine.execute(task, Cohort(ids, self.personal.gather(ids)))
         except Exception as error:  # no client can answer this

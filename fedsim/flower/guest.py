@@ -1,5 +1,7 @@
 """Guest: a strategy of Flower's, asked in fedsim's words."""
 
+import gc
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from fedsim.randomness import seeding
 from fedsim.task import Draw, Metrics, Params, Replies, Task
 
 __all__ = ["FlowerStrategy", "Guest", "is_flower"]
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 5  # Flower's strategies ask twice who is there, and then once a second until there are enough
 
@@ -35,6 +39,7 @@ class Guest:
         self.roster = Roster(num_clients, seed)
         self.messages: dict[int, Message] = {}  # client -> what it is sent
         self.chosen = Draw([])
+        self.warned = False
 
     def __repr__(self) -> str:
         return f"{type(self.strategy).__module__}:{type(self.strategy).__qualname__}"
@@ -50,10 +55,11 @@ class Guest:
             sent = list(self.strategy.configure_train(round, pack(params), ConfigRecord(), self.roster))
         if not sent:
             raise ValueError(f"round {round}: {self!r} sends no messages (is fraction_train 0?)")
-        if len({(id(message.content), message.metadata.message_type) for message in sent}) > 1:
+        if any(not _alike(message, sent[0]) for message in sent):
             raise ValueError(
                 f"round {round}: {self!r} does not send the same to all: fedsim's clients cannot take that"
             )
+        self._warn(sent[0])
         self.messages = {self.roster.number(message.metadata.dst_node_id): message for message in sent}
         there = set(draw.ids)
         self.chosen = Draw(
@@ -66,9 +72,26 @@ class Guest:
     def aggregate(self, task: Task, replies: Replies) -> tuple[Params | None, Metrics]:
         """The new model, None where the strategy makes none; and its metrics."""
         with quiet(), seeding(self.seed, "flower", "aggregate", task.round):
-            arrays, metrics = self.strategy.aggregate_train(task.round, list(self._replies(task, replies)))
+            messages = list(self._replies(task, replies))
+            gc.freeze()  # some of Flower's strategies collect garbage for each array: what is here already is none
+            try:
+                arrays, metrics = self.strategy.aggregate_train(task.round, messages)
+            finally:
+                gc.unfreeze()
         params = None if arrays is None else unpack(arrays, f"{self!r}, round {task.round}")
         return params, dict(_named(task.action, metrics or MetricRecord()))
+
+    def _warn(self, message: Message) -> None:
+        """Says once that what the strategy tells its clients, such as FedProx its mu, does not reach fedsim's."""
+        told = {key for config in message.content.config_records.values() for key in config}
+        lost = sorted(key for key in told if key != "server-round" and not key.startswith("fedsim."))
+        if lost and not self.warned:
+            self.warned = True
+            logger.warning(
+                "%r tells its clients %s, which fedsim's clients do not hear: their settings are the experiment's",
+                self,
+                ", ".join(lost),
+            )
 
     def _replies(self, task: Task, replies: Replies) -> Iterator[Message]:
         place = {client: position for position, client in enumerate(replies.ids)}
@@ -78,6 +101,11 @@ class Guest:
             else:
                 reason = replies.failed.get(client, "dropped out")
                 yield Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _alike(message: Message, other: Message) -> bool:
+    same = message.content is other.content or message.content == other.content
+    return same and message.metadata.message_type == other.metadata.message_type
 
 
 class Roster(SimulationGrid):

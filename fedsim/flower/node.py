@@ -20,7 +20,7 @@ from fedsim.engines.local import Sequential
 from fedsim.flower.arrays import MalformedMessage, to_array, to_tensor
 from fedsim.flower.codec import decode_task, encode_replies, encode_reply
 from fedsim.personal import Personal
-from fedsim.task import Cohort, Replies, Reply
+from fedsim.task import Cohort, Replies, Reply, Task
 
 WHO = "query.fedsim"  # asks a node which clients it holds
 KEPT = "fedsim.personal"  # what clients keep to themselves, in the node's Context.state
@@ -76,7 +76,7 @@ def answer(load: Callable[[Context], Site], message: Message, context: Context) 
     if kind == WHO:
         told = {"partition-id": number, "num-partitions": of, "num-clients": site.federation.num_clients}
         return Message(RecordDict({"node": MetricRecord({**told})}), reply_to=message)
-    task = decode_task(message.content, kind, f"message to the node of partition {number}")
+    task = fitted(decode_task(message.content, kind, f"message to the node of partition {number}"), site.clients)
     ids = [number] if task.ids is None else list(task.ids)
     if wrong := [client for client in ids if client % of != number or not 0 <= client < site.federation.num_clients]:
         raise MalformedMessage(f"partition {number} of {of} holds no clients {wrong}")
@@ -90,6 +90,16 @@ def answer(load: Callable[[Context], Site], message: Message, context: Context) 
     if replies.failed:
         raise RuntimeError(f"client {number} failed: {replies.failed[number]}")
     return Message(encode_reply(alone(replies, task.action)), reply_to=message)
+
+
+def fitted(task: Task, clients: Mapping[str, Client]) -> Task:
+    """The task with the model in the types that its client computes in: servers with numpy make float64 of float32."""
+    like = getattr(getattr(clients.get(task.action), "model", None), "params", {})
+    params = task.shared.get("params")
+    if not isinstance(params, dict):
+        return task
+    cast = {name: leaf.to(like[name].dtype) if name in like else leaf for name, leaf in params.items()}
+    return task._replace(shared=task.shared | {"params": cast})
 
 
 def place(context: Context) -> tuple[int, int]:

@@ -63,7 +63,11 @@ def join(arrays: ArrayRecord, about: Mapping[str, Any], where: str) -> Tree:
 
 def about_of(content: RecordDict, where: str) -> Mapping[str, Any]:
     """The record "fedsim"; empty in messages of other apps."""
-    about = config_of(content, "fedsim", where)
+    return checked(config_of(content, "fedsim", where), where)
+
+
+def checked(about: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What a message says of itself, if this fedsim can read it."""
     if about and about.get("version") != VERSION:
         raise MalformedMessage(
             f"{where}: of version {about.get('version')!r}; this fedsim reads version {VERSION}: "

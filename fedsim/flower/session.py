@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,7 +44,7 @@ class Session(Strategy):
     ) -> Iterable[Message]:
         """Messages of this round to the nodes that take part."""
         if server_round == 1 or not self.state:
-            self.state = self.method.init(_params(arrays))
+            self._begin(arrays)
         else:
             self._take_back(arrays)
         self.task = self.method.configure(self.state, server_round)._replace(round=server_round)
@@ -64,15 +65,16 @@ class Session(Strategy):
         if not gathered.ids:
             return None, None
         self.state, metrics = step(self.method, self.state, task, gathered)
-        self.given = pack(self.method.params(self.state))
-        return self.given, MetricRecord(_averages(gathered) | metrics)
+        made = pack(self.method.params(self.state))
+        self.given = made.copy()  # a wrapper may change what it is handed
+        return made, MetricRecord(_averages(gathered) | metrics)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Messages to all nodes, to evaluate the model."""
         if not self.state:
-            self.state = self.method.init(_params(arrays))
+            self._begin(arrays)
         self._take_back(arrays)
         self.task = Task("evaluate", self.method.shared(self.state), round=server_round)
         nodes = self._nodes(grid)
@@ -86,6 +88,9 @@ class Session(Strategy):
             )
         gathered = self._gather(self.task._replace(reduce="stack"), replies)
         return MetricRecord(_averages(gathered)) if gathered.ids else None
+
+    def _begin(self, arrays: ArrayRecord) -> None:
+        self.state, self.given = self.method.init(_params(arrays)), arrays.copy()
 
     def _take_back(self, arrays: ArrayRecord) -> None:
         """Goes on from the model that Flower has, which a wrapper may have changed since it left here."""
@@ -101,8 +106,9 @@ class Session(Strategy):
                 "one that was changed outside it, as a wrapper does that adds noise"
             )
         after = tree.restore(_params(arrays), before, "the model that the round begins with")
-        self.state = self.state | {"params": after}
-        self.given = arrays
+        # In its own types: noise that numpy makes is of float64.
+        self.state = self.state | {"params": {name: leaf.to(before[name].dtype) for name, leaf in after.items()}}
+        self.given = arrays.copy()
 
     def _nodes(self, grid: Grid) -> list[int]:
         """The nodes in the order of their ids, once there are enough."""
@@ -124,6 +130,7 @@ class Session(Strategy):
         """What the nodes answered; who failed, and why, is logged."""
         gathering = Gathering("a node", task, Cohort(list(self.asked.values())), {})
         silent = dict(self.asked)
+        answers: list[tuple[int, Reply]] = []
         # In the nodes' order, whatever the order of their answers: sums of floats depend on it.
         for message in sorted(messages, key=lambda message: message.metadata.src_node_id):
             node = message.metadata.src_node_id
@@ -136,15 +143,26 @@ class Session(Strategy):
                 gathering.failed[client] = f"{where}: error {message.error.code}: {message.error.reason}"
                 continue
             try:
-                reply = decode_reply(message.content, task.shared, where)
+                answers.append((client, stacked(decode_reply(message.content, task.shared, where))))
             except MalformedMessage as error:
                 gathering.failed[client] = str(error)
-            else:
-                gathering.add([client], stacked(reply))
+        for client, reply in _usual_first(answers):
+            gathering.add([client], reply)
         gathering.failed |= {client: f"node {node} did not answer" for node, client in silent.items()}
-        for reason in gathering.failed.values():
-            logger.warning("round %d, %s: %s", task.round, task.action, reason)
+        for client, reason in gathering.failed.items():
+            logger.warning("round %d, %s, client %d: %s", task.round, task.action, client, reason)
         return gathering.replies()
+
+
+def _usual_first(answers: Sequence[tuple[int, Reply]]) -> list[tuple[int, Reply]]:
+    """Those of the commonest form first: the form of the first is what others are measured by."""
+
+    def form(reply: Reply) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        flat = tree.flatten({"update": reply.update}) | reply.metrics
+        return tuple(sorted((name, tuple(leaf.shape)) for name, leaf in flat.items() if "@" not in name))
+
+    counts = Counter(form(reply) for _, reply in answers)
+    return sorted(answers, key=lambda answer: -counts[form(answer[1])])
 
 
 def stacked(reply: Reply) -> Reply:
@@ -157,7 +175,9 @@ def stacked(reply: Reply) -> Reply:
 
 
 def _params(arrays: ArrayRecord) -> Params:
-    return {name: leaf for name, leaf in unpack(arrays, "the model").items() if isinstance(leaf, torch.Tensor)}
+    """The model by name; what counts in it, such as the batches that a layer has seen, as numbers that have a mean."""
+    whole = {name: leaf for name, leaf in unpack(arrays, "the model").items() if isinstance(leaf, torch.Tensor)}
+    return {name: leaf if leaf.is_floating_point() else leaf.double() for name, leaf in whole.items()}
 
 
 def _equal(one: object, other: Params) -> bool:

@@ -262,7 +262,15 @@ def test_an_action_that_flower_cannot_carry_is_refused(action):
 
 def test_clients_are_told_what_the_user_says_and_which_round_it_is(journey):
     content = journey(encode_task(Task("train", {}, round=4), {"lr": 0.5, "server-round": 9, "words": ["a", "b"]}))
-    assert dict(content["config"]) == {"lr": 0.5, "server-round": 4, "words": ["a", "b"]}
+    told = {name: value for name, value in content["config"].items() if not name.startswith("fedsim.")}
+    assert told == {"lr": 0.5, "server-round": 4, "words": ["a", "b"]}
+
+
+def test_a_task_holds_one_record_of_each_kind_as_mods_of_flowers_want_it(journey):
+    content = journey(
+        encode_task(Task("train", {"params": {"a": TABLE}, "more": TABLE}, ids=[1, 2], round=4), {"lr": 0.5})
+    )
+    assert len(content.array_records) == len(content.config_records) == 1
 
 
 def test_flowers_strategies_find_what_they_look_for(journey):
@@ -380,12 +388,20 @@ def read_replies(content):
 READ = {task: read_task, reply: read_reply, replies: read_replies}
 
 
+def spot(content, record, name):
+    """Record and key of what is called so: what is fedsim's own is in a task's "config", under "fedsim."."""
+    if record == "fedsim" and "fedsim" not in content:
+        return content["config"], f"fedsim.{name}"
+    return content[record], name.replace("_", "-") if record == "metrics" else name
+
+
 def put(record, **values):
     """Gives values to keys of a record."""
 
     def damage(content):
         for name, value in values.items():
-            content[record][name.replace("_", "-") if record == "metrics" else name] = value
+            place, key = spot(content, record, name)
+            place[key] = value
 
     return damage
 
@@ -395,7 +411,8 @@ def drop(record, *names):
 
     def damage(content):
         for name in names:
-            del content[record][name]
+            place, key = spot(content, record, name)
+            del place[key]
         if not names:
             del content[record]
 
@@ -450,8 +467,6 @@ TREE_DAMAGES = {
     "a version of letters": (put("fedsim", version="1"), "version '1'"),
     "a version that is a list": (put("fedsim", version=[VERSION]), "version"),
     "no version": (drop("fedsim", "version"), "version"),
-    "'fedsim' of arrays": (swap("fedsim", ARRAYS), "fedsim"),
-    "'fedsim' of metrics": (swap("fedsim", METRICS), "fedsim"),
     "no arrays": (drop("arrays"), "ArrayRecord"),
     "'arrays' of words": (swap("arrays", CONFIG), "ArrayRecord"),
     "'arrays' of metrics": (swap("arrays", METRICS), "ArrayRecord|MetricRecord"),
@@ -488,15 +503,12 @@ TREE_DAMAGES = {
 TASK_DAMAGES = {
     "'config' of metrics": (swap("config", METRICS), "config"),
     "'config' of arrays": (swap("config", ARRAYS), "config"),
-    "'clients' of metrics": (swap("clients", METRICS), "clients"),
-    "'clients' of arrays": (swap("clients", ARRAYS), "clients"),
-    "ids of nothing": (drop("clients", "ids"), "ids"),
-    "one id": (put("clients", ids=3), "ids"),
-    "ids of letters": (put("clients", ids=["0", "1"]), "ids"),
-    "ids of fractions": (put("clients", ids=[0.0, 1.0]), "ids"),
-    "ids of truths": (put("clients", ids=[True, False]), "ids"),
-    "ids of bytes": (put("clients", ids=b"\0\1"), "ids"),
-    "ids below zero": (put("clients", ids=[0, -1]), "ids"),
+    "one id": (put("fedsim", ids=3), "ids"),
+    "ids of letters": (put("fedsim", ids=["0", "1"]), "ids"),
+    "ids of fractions": (put("fedsim", ids=[0.0, 1.0]), "ids"),
+    "ids of truths": (put("fedsim", ids=[True, False]), "ids"),
+    "ids of bytes": (put("fedsim", ids=b"\0\1"), "ids"),
+    "ids below zero": (put("fedsim", ids=[0, -1]), "ids"),
     "a round of letters": (put("fedsim", round="3"), "round"),
     "a round of a fraction": (put("fedsim", round=3.0), "round"),
     "a round of several": (put("fedsim", round=[3]), "round"),
@@ -508,6 +520,8 @@ TASK_DAMAGES = {
 }
 
 REPLY_DAMAGES = {
+    "'fedsim' of arrays": (swap("fedsim", ARRAYS), "fedsim"),
+    "'fedsim' of metrics": (swap("fedsim", METRICS), "fedsim"),
     "no metrics": (drop("metrics"), "MetricRecord"),
     "'metrics' of words": (swap("metrics", CONFIG), "MetricRecord"),
     "'metrics' of arrays": (swap("metrics", ARRAYS), "ArrayRecord|MetricRecord"),
@@ -673,7 +687,7 @@ SOUND = {
     "rest without anything": (reply, put("fedsim", rest=b"")),
     "a model told by nobody": (task, drop("fedsim", "params")),
     "no config": (task, drop("config")),
-    "no clients": (task, drop("clients")),
+    "no clients": (task, drop("fedsim", "ids")),
     "a record of words that nobody knows": (task, swap("more", CONFIG)),
     "weights of zero": (replies, hold("replies", weight=torch.zeros(2))),
     "weights that count": (replies, hold("replies", weight=torch.tensor([3, 4]))),
@@ -750,7 +764,8 @@ def test_a_rest_with_wrong_bytes_is_read_or_refused(base):
     @outcomes(edits, st.sampled_from([0, 0, 0, -1, 1]))
     def found(changes, longer):
         content = base()
-        content["fedsim"]["rest"] = edited(content["fedsim"]["rest"], changes, longer)
+        record, key = spot(content, "fedsim", "rest")
+        record[key] = edited(record[key], changes, longer)
         return read_or_refuse(base, content)
 
     assert found == {"read", "refused"}
