@@ -25,6 +25,7 @@ from fedsim.flower.guest import FlowerStrategy
 from fedsim.foreign import adopt
 from fedsim.job import DisplayFor, Job, Plan, Result, drive, prepare
 from fedsim.model import Model
+from fedsim.ranges import Count, Natural, check
 from fedsim.runs import Run
 from fedsim.sampling import everyone
 from fedsim.task import Sampler
@@ -144,6 +145,8 @@ def run_app(folder: str | Path, *, changes: Sequence[str] = (), num_nodes: int |
         Exception: what the server's app raised.
     """
     try:
+        check("seed", seed, Natural)
+        check("num_nodes", num_nodes, Count | None)
         app = load(Path(folder))
         config = changed(app.run_config, dict(assignment(change) for change in changes))
     except ValueError as error:

@@ -9,9 +9,9 @@ from clients.sgd import Sgd
 from fedsim import tree
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised
+from fedsim.method import averages
 from fedsim.personal import Personal
 from fedsim.sampling import dropout, everyone, uniform
-from fedsim.method import averages
 from fedsim.simulation import Snapshot, TooFewReplies, begin, rounds
 from fedsim.task import Replies, Task
 from strategies.fedavg import FedAvg

@@ -21,7 +21,7 @@ from fedsim.client import Client
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential
-from fedsim.flower.compat import Error, ErrorCode, captured, private_message, swift_arrays
+from fedsim.flower.compat import Error, ErrorCode, captured, ordered, private_message, swift_arrays
 from fedsim.flower.grid import SimulationGrid, alike
 from fedsim.randomness import reseed, seeding
 from fedsim.ranges import Count, Natural, checked
@@ -94,10 +94,13 @@ class Handler:
             reply = self.app(message, job.context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the ClientApp returned a {type(reply).__name__}, it must return a Message")
+            if reply.metadata.reply_to_message_id != job.metadata.message_id:
+                raise ValueError("the ClientApp returned no reply: it must return Message(..., reply_to=message)")
         except (Exception, SystemExit) as error:  # whatever it raises costs this node alone, and is told
             job.context.state = RecordDict() if kept is None else kept
             told = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}")
-            return Answer(Message(told, reply_to=message), job.context, _trace(error))
+            asked = private_message(job.metadata, RecordDict())  # what became of the other is not known
+            return Answer(Message(told, reply_to=asked), job.context, _trace(error))
         return Answer(reply, job.context)
 
 
@@ -153,8 +156,9 @@ class AppNodes:
                 place: UserConfig = {"partition-id": partition, "num-partitions": self.num_nodes}
                 told = dict(self.run_config)
                 self.contexts[partition] = Context(meta.run_id, meta.dst_node_id, place, RecordDict(), told)
-            yield Job(partition, self.counts[partition], meta, self.contexts[partition])
-            self.counts[partition] += 1
+            before = self.counts[partition]
+            self.counts[partition] += 1  # now: after the last of a batch nobody comes back here
+            yield Job(partition, before, meta, self.contexts[partition])
 
 
 @checked
@@ -184,12 +188,15 @@ def run(
         ClientAppsFailed: not one message was answered without an error.
         Exception: what the server's app raised.
     """
+    if isinstance(num_nodes, bool) or isinstance(seed, bool):
+        raise ValueError(f"num_nodes and seed must be numbers, got {num_nodes!r} and {seed!r}")
     config: UserConfig = dict(run_config or {})
     nobody = Federation({}, np.arange(0), np.zeros((num_nodes, 4), dtype=np.int64), name="a Flower app's")
     with (
         _ONE_AT_A_TIME,
         engine(nobody, {}, seed) as where,
         captured() as results,
+        ordered(),
         swift_arrays(),
         seeding(seed, "server"),
     ):

@@ -39,14 +39,16 @@ def load(folder: Path) -> AppFolder:
     app = _table(flower, "app", path)
     components = _table(app, "components", path)
     where = str(folder.resolve())
-    if where not in sys.path:
-        sys.path.insert(0, where)
+    if sys.path[:1] != [where]:
+        sys.path[:] = [where, *(entry for entry in sys.path if entry != where)]
+    for use in components.values():
+        _check_origin(str(use).partition(".")[0].partition(":")[0], folder.resolve(), path)
     return AppFolder(
-        str(tables.get("project", {}).get("name", folder.resolve().name)),
+        str(_inner(tables, "project", path).get("name", folder.resolve().name)),
         _component(components, "serverapp", ServerApp, path),
         _component(components, "clientapp", ClientApp, path),
-        flattened(app.get("config", {})),
-        _num_nodes(flower),
+        flattened(_inner(app, "config", path)),
+        _num_nodes(flower, path),
     )
 
 
@@ -57,11 +59,27 @@ def _table(tables: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]
     return found
 
 
+def _inner(tables: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    """A table that need not be there."""
+    found = tables.get(key, {})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: {key} = {found!r}: must be a table")
+    return found
+
+
+def _check_origin(name: str, folder: Path, path: Path) -> None:
+    """Raises where the app's module of this name is another's already: Python imports a name once."""
+    origin = getattr(sys.modules.get(name), "__file__", None)
+    ours = name and ((folder / name).is_dir() or (folder / f"{name}.py").exists())
+    if ours and origin is not None and not Path(origin).resolve().is_relative_to(folder):
+        raise ValueError(f"{path}: {name!r} is imported already, from {origin}: run each app in a process of its own")
+
+
 def _component(components: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
     use = components.get(key)
     module, colon, name = use.partition(":") if isinstance(use, str) else ("", "", "")
     here = f"{path}: tool.flwr.app.components.{key} = {use!r}"
-    if not (module and colon and name):
+    if not (module and colon and name) or module.startswith("."):
         raise ValueError(f"{here}: must be 'package.module:name'")
     try:
         found: Any = import_module(module)
@@ -93,12 +111,18 @@ def changed(config: UserConfig, changes: Mapping[str, Any]) -> UserConfig:
     if unknown:
         known = ", ".join(sorted(config)) or "no keys"
         raise ValueError(f"unknown key of the app's run config: {', '.join(unknown)}; it has {known}")
+    if nested := [key for key, value in changes.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"run config {nested[0]} = {changes[nested[0]]!r}: must be a number, a string, true or false")
     return config | flattened(changes)
 
 
-def _num_nodes(flower: Mapping[str, Any]) -> int | None:
+def _num_nodes(flower: Mapping[str, Any], path: Path) -> int | None:
     """As older pyproject files state it: [tool.flwr.federations.NAME] options.num-supernodes."""
-    federations = flower.get("federations", {})
-    default = federations.get(federations.get("default", ""), {}) if isinstance(federations, Mapping) else {}
-    number = default.get("options", {}).get("num-supernodes") if isinstance(default, Mapping) else None
-    return number if isinstance(number, int) else None
+    federations = _inner(flower, "federations", path)
+    name = federations.get("default", "")
+    if not isinstance(name, str):
+        raise ValueError(f"{path}: tool.flwr.federations.default = {name!r}: must be a name")
+    number = _inner(_inner(federations, name, path), "options", path).get("num-supernodes")
+    if number is not None and (type(number) is not int or number < 1):
+        raise ValueError(f"{path}: num-supernodes = {number!r}: must be a number >= 1")
+    return number

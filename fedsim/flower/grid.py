@@ -102,6 +102,9 @@ class SimulationGrid(Grid):
             if not message.has_content() or message.metadata.reply_to_message_id:
                 raise ValueError(f"a message to a node has content and is no reply, got {message.metadata}")
         with self._lock:
+            under_way = any(self._waiting.get(message.metadata.message_id) is message for message in messages)
+            if under_way or len({id(message) for message in messages}) < len(messages):
+                raise ValueError("a message is sent once at a time: make another Message of the same content")
             self._asked.clear()
             idents = []
             for message in messages:
@@ -124,6 +127,7 @@ class SimulationGrid(Grid):
         with self._lock:
             if unknown := set(idents) - self._known:
                 raise ValueError(f"no messages with the ids {sorted(unknown)} were pushed")
+            idents = list(dict.fromkeys(idents))
             self._carry_out([ident for ident in idents if ident in self._waiting], deadline)
             return [self._replies.pop(ident) for ident in idents if ident in self._replies]
 
@@ -131,13 +135,13 @@ class SimulationGrid(Grid):
         """Has the nodes answer, until the deadline; those that are left stay waiting."""
         batch = [self._waiting[ident] for ident in idents]
         answers = self._nodes.answer([(self._number[message.metadata.dst_node_id], message) for message in batch])
-        for message in batch:
+        for ident in idents:
             if deadline is not None and time.monotonic() >= deadline:
                 break
             reply = next(answers)
-            del self._waiting[message.metadata.message_id]
-            stamp(reply, f"reply-to-{message.metadata.message_id}")
-            self._replies[message.metadata.message_id] = reply
+            del self._waiting[ident]
+            stamp(reply, f"reply-to-{ident}")
+            self._replies[ident] = reply
 
     def close(self) -> None:
         """Carries out what nobody asked for."""

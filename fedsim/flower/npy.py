@@ -28,6 +28,8 @@ _HEADER = re.compile(
 def dump(values: NDArray[Any]) -> bytes:
     """An array, in C's order, as .npy."""
     values = np.asarray(values, order="C")
+    if values.dtype.hasobject:
+        raise ValueError("objects are never written")
     return b"".join((_header(values.dtype.str, values.shape), values.data if values.size else b""))
 
 
