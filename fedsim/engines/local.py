@@ -5,21 +5,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation, schedule
-from fedsim.engines.engine import Answer, Engine, Gathering, Item, Shared, client_for
+from fedsim.engines.engine import Answer, Engine, Item, Local, Shared, client_for
+from fedsim.engines.gathering import Gathering, Part
 from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
-from fedsim.task import Batch, Cohort, Replies, Reply, Task
+from fedsim.task import Batch, Cohort, Reply, Task
 from fedsim.tree import Tree
 
 # What one vectorised block may occupy. Beyond the processor's cache a block costs more than its clients one by one;
 # measured with experiments/benchmarks.
 BLOCK_BYTES = 32 * 2**20
+# Into so many blocks a cohort is cut that runs one by one: enough to keep workers busy, and few enough that the
+# partial sums of a large model stay cheap.
+BLOCKS = 32
 # Above this size, and for convolutions, vmap on a CPU is slower than a loop.
 VECTORISED_PARAMETERS = 500_000
 
@@ -54,8 +57,11 @@ def _length(table: Batch) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Sequential(Engine):
-    """Clients one after another."""
+class Sequential(Local):
+    """Clients one after another.
+
+    A cohort is cut into BLOCKS blocks at most, of which each is folded by itself.
+    """
 
     federation: Federation
     clients: Mapping[str, Client]
@@ -67,8 +73,13 @@ class Sequential(Engine):
     def __repr__(self) -> str:
         return "Sequential()"
 
-    def execute(self, task: Task, cohort: Cohort) -> Replies:
-        """What the clients of the cohort answer to the task."""
+    def blocks(self, task: Task, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Neighbours in the cohort, equally many in all blocks but the last."""
+        width = -(-len(ids) // BLOCKS)
+        return (range(start, min(start + width, len(ids))) for start in range(0, len(ids), max(1, width)))
+
+    def run_block(self, task: Task, cohort: Cohort) -> Part:
+        """What the clients of one block answer."""
         client = client_for(task, self.clients)
         gathering = Gathering(type(client).__name__, task, cohort, {"examples": self.federation.columns})
         with seeding(self.seed, "execute", task.round):
@@ -82,11 +93,11 @@ class Sequential(Engine):
                     gathering.fail(ident, error)
                 else:
                     gathering.add([ident], reply)
-        return gathering.replies()
+        return gathering.part()
 
 
 @dataclass(frozen=True, eq=False)
-class Vectorised(Engine):
+class Vectorised(Local):
     """Clients in blocks, each block as one vectorised program.
 
     Clients are sorted by their number of examples, and a block ends where a client has less than a quarter of its
@@ -123,33 +134,32 @@ class Vectorised(Engine):
         """Refused: a function that is no client's cannot be vectorised."""
         raise TypeError("Vectorised runs fedsim's clients only: for anything else use fedsim.engines.local:Sequential")
 
-    def execute(self, task: Task, cohort: Cohort) -> Replies:
-        """What the clients of the cohort answer to the task."""
+    def blocks(self, task: Task, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The largest clients first."""
         client = client_for(task, self.clients)
-        gathering = Gathering(type(client).__name__, task, cohort, {"examples": self.federation.columns})
-        sizes = self.federation.sizes(client.split, cohort.ids)
-        with seeding(self.seed, "execute", task.round):
-            for places in self._blocks(task, sizes):
-                personal = tree.take(cohort.personal, torch.from_numpy(places))
-                self._block(client, task, Cohort([cohort.ids[place] for place in places], personal), gathering)
-        return gathering.replies()
-
-    def width(self, task: Task, longest: int) -> int:
-        """How many clients of this size fit into BLOCK_BYTES, counting four times what they receive, and tables."""
-        row = sum(column[:1].numel() * column.element_size() for column in self.federation.columns.values())
-        shared = tree.count_bytes(tree.leaves(task.shared))
-        return max(1, BLOCK_BYTES // max(1, 4 * shared + longest * row))
-
-    def _blocks(self, task: Task, sizes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """The positions in the cohort of the clients of each block, largest clients first."""
+        sizes = self.federation.sizes(client.split, ids)
         order = np.argsort(-sizes, kind="stable")
         start = 0
         while start < len(order):
             longest = int(sizes[order[start]])
             alike = start + int(np.count_nonzero(4 * sizes[order[start:]] >= longest))
             end = min(alike, start + (self.block or self.width(task, longest)))
-            yield order[start:end]
+            yield order[start:end].tolist()
             start = end
+
+    def run_block(self, task: Task, cohort: Cohort) -> Part:
+        """What the clients of one block answer."""
+        client = client_for(task, self.clients)
+        gathering = Gathering(type(client).__name__, task, cohort, {"examples": self.federation.columns})
+        with seeding(self.seed, "execute", task.round):
+            self._block(client, task, cohort, gathering)
+        return gathering.part()
+
+    def width(self, task: Task, longest: int) -> int:
+        """How many clients of this size fit into BLOCK_BYTES, counting four times what they receive, and tables."""
+        row = sum(column[:1].numel() * column.element_size() for column in self.federation.columns.values())
+        shared = tree.count_bytes(tree.leaves(task.shared))
+        return max(1, BLOCK_BYTES // max(1, 4 * shared + longest * row))
 
     def _block(self, client: Client, task: Task, cohort: Cohort, gathering: Gathering) -> None:
         """Runs one block; if it raises, its clients one by one, so that only the culprit fails."""

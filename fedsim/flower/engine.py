@@ -8,7 +8,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim import tree
-from fedsim.engines.engine import Engine, Gathering
+from fedsim.engines.engine import Engine
+from fedsim.engines.gathering import Gathering
 from fedsim.flower.arrays import MalformedMessage
 from fedsim.flower.codec import OURS, decode_replies, encode_task, message_type
 from fedsim.flower.node import WHO

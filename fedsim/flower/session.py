@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsim import tree
-from fedsim.engines.engine import Gathering
+from fedsim.engines.gathering import Gathering
 from fedsim.flower.arrays import MalformedMessage, pack, unpack
 from fedsim.flower.codec import decode_reply, encode_task, message_type
 from fedsim.method import Method, step
