@@ -10,7 +10,7 @@ from torch import nn
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation, schedule
-from fedsim.engines.engine import Answer, Engine, Item, Local, Shared, client_for
+from fedsim.engines.engine import Answer, Item, Local, Shared, client_for
 from fedsim.engines.gathering import Gathering, Part
 from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
@@ -223,7 +223,7 @@ def _pad(tables: Sequence[Batch]) -> Batch:
     return padded | {"mask": torch.arange(int(sizes.max())) < sizes[:, None]}
 
 
-def auto(federation: Federation, clients: Mapping[str, Client], seed: Natural = 0) -> Engine:
+def auto(federation: Federation, clients: Mapping[str, Client], seed: Natural = 0) -> Local:
     """`Vectorised` where that is cheaper on a CPU, else `Sequential`.
 
     The rule reads the clients' models (layers, number of parameters) and no clock, so an experiment runs the same way

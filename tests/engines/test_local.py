@@ -450,11 +450,11 @@ def test_what_a_client_draws_without_saying_so_does_not_differ_from_run_to_run(c
 
 def test_a_block_ends_where_clients_become_much_smaller(classification):
     _, federation = classification((100, 90, 26, 24, 7, 6, 1, 0))
-    engine = Vectorised(federation, {})
-    blocks = [places.tolist() for places in engine._blocks(Task("train", {}), federation.sizes())]
+    ids, clients = range(8), {"train": Summing()}
+    blocks = list(Vectorised(federation, clients).blocks(Task("train", {}), ids))
     assert blocks == [[0, 1, 2], [3, 4, 5], [6], [7]]
-    narrow = Vectorised(federation, {}, block=2)
-    assert [len(places) for places in narrow._blocks(Task("train", {}), federation.sizes())] == [2, 2, 2, 1, 1]
+    narrow = Vectorised(federation, clients, block=2)
+    assert [len(places) for places in narrow.blocks(Task("train", {}), ids)] == [2, 2, 2, 1, 1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Cluster: which Ray the workers run on, and whether there is room for them."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+
+import ray
+from ray import cloudpickle
+
+
+def attach(address: str | None, cpus: float) -> bool:
+    """Connects to a running cluster, or starts one on this machine; whether it was started, and is to be stopped.
+
+    A Ray to which this process is connected already is used as it is.
+
+    Raises:
+        ConnectionError: there is no cluster at this address.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be the default; Ray warns until then
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConnectionError(f"no Ray cluster at {address}: {error}") from error
+        return False
+    ray.init(
+        address="local",  # never somebody else's that happens to run here
+        num_cpus=max(1, math.ceil(cpus)),
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    return True
+
+
+def check_room(workers: int, cpus: float, gpus: float) -> None:
+    """Raises where the cluster cannot place even one worker, or not as many as asked for."""
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    fits = sum(int(min(_times(node, "CPU", cpus), _times(node, "GPU", gpus))) for node in nodes)
+    if fits < workers:
+        has = f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs on {len(nodes)} nodes"
+        raise RuntimeError(
+            f"no room for {workers} workers with {cpus:g} CPUs and {gpus:g} GPUs each: the cluster has {has}, "
+            f"which is enough for {fits}"
+        )
+
+
+def _times(resources: dict[str, float], name: str, each: float) -> float:
+    """How often this much of a resource is there."""
+    return float("inf") if not each else resources.get(name, 0.0) / each + 1e-9
+
+
+def carry_plugins() -> Iterator[str]:
+    """Has modules that were loaded from plug-in files travel by value: workers cannot import them."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fedsim_plugin_"):
+            cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+            yield name
