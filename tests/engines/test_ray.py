@@ -1,0 +1,166 @@
+"""Ray: the bits of the inner engine, on any number of workers, whatever becomes of them."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import pytest
+import ray
+import torch
+
+from clients.scaffold import ControlledSgd
+from clients.sgd import Sgd
+from fedsim import Cohort, Sequential, Task, Vectorised, begin, rounds
+from fedsim.engines.ray import Ray
+from fedsim.engines.ray.carry import freeze, thaw
+from fedsim.sampling import uniform
+from fedsim.tree import Rows, flatten
+from strategies.fedavg import FedAvg
+from strategies.scaffold import Scaffold
+
+pytestmark = [
+    pytest.mark.slow,  # a Ray takes seconds to start
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),  # Ray's daemons, till the end
+    pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning"),  # theirs, too
+]
+SIZES = (5, 1, 9, 20, 33, 2, 12, 7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One Ray for all of these tests; engines use it as it is."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def final(strategy, engine, clients, federation, model, number=4, kill=None):
+    """State and personal trees after some rounds; `kill` is called before each."""
+    start = begin(strategy, model.params, clients, federation.num_clients, 3)
+    with engine:
+        for step in rounds(strategy, engine, uniform(federation.num_clients, 3, fraction=0.75), start):
+            if kill:
+                kill(engine, step.snapshot.round)
+            assert not step.failed
+            if step.snapshot.round == number:
+                return flatten(step.snapshot.state) | step.snapshot.personal.flat()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
+
+
+@pytest.mark.parametrize("inner", [Sequential, Vectorised])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "stack"])
+def test_any_number_of_workers_gives_the_bits_of_the_inner_engine(classification, inner, method):
+    model, federation = classification(SIZES)
+    strategy = {"fedavg": FedAvg(), "scaffold": Scaffold(num_clients=8), "stack": Stacking()}[method]
+    make = ControlledSgd if method == "scaffold" else Sgd
+    clients = {"train": make(model=model, lr=0.1, batch_size=4)}
+    here = final(strategy, inner(federation, clients, 3), clients, federation, model)
+    for workers in (1, 2, 3):
+        engine = Ray(federation, clients, 3, workers=workers, cpus=0.5, inner=inner.__name__.lower())
+        assert same(here, final(strategy, engine, clients, federation, model)), workers
+    other = final(strategy, inner(federation, clients, 4), clients, federation, model)
+    assert not same(here, other)
+
+
+class Stacking(FedAvg):
+    """FedAvg that is given every client's model."""
+
+    def configure(self, state, round):
+        return super().configure(state, round)._replace(reduce="stack")
+
+    def aggregate(self, state, task, replies):
+        share = replies.weight.float() / replies.weight.float().sum()
+        return {"params": {n: torch.tensordot(share, p, 1) for n, p in replies.update["params"].items()}}, {}
+
+
+def test_a_worker_killed_in_every_round_changes_nothing(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": ControlledSgd(model=model, lr=0.1, batch_size=4)}
+    strategy = Scaffold(num_clients=8)
+    here = final(strategy, Sequential(federation, clients, 3), clients, federation, model, 10)
+    killed = []
+
+    def kill(engine, number):
+        process = ray.get(engine.crew.members[number % 2].handle.ready.remote())
+        os.kill(process, signal.SIGKILL)
+        killed.append(process)
+
+    engine = Ray(federation, clients, 3, workers=2, inner="sequential")
+    assert same(here, final(strategy, engine, clients, federation, model, 10, kill))
+    assert len(set(killed)) == 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(Sgd):
+    """Does something odd on the clients with 20 and 33 examples."""
+
+    deed: str = "die"
+
+    def finish(self, shared, state, data):
+        reply = super().finish(shared, state, data)
+        if self.deed == "nan" and len(data["mask"]) == 20:
+            return reply._replace(update={"params": {n: p * float("nan") for n, p in reply.update["params"].items()}})
+        if len(data["mask"]) == 20:
+            if self.deed == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.deed == "hang":
+                time.sleep(3600)
+            if self.deed == "raise":
+                raise ArithmeticError("client 3 cannot")
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason"),
+    [("die", "3 workers died of it"), ("hang", "not done after 2 s"), ("raise", "client 3 cannot"), ("nan", "NaN")],
+)
+def test_a_client_that_ends_its_worker_costs_itself_alone(classification, deed, reason):
+    model, federation = classification(SIZES)
+    deadline = 2.0 if deed == "hang" else None
+    with Ray(federation, {"train": Odd(model=model, lr=0.1, deed=deed)}, 3, inner="sequential", deadline=deadline) as e:
+        found = e.execute(Task("train", {"params": model.params}, round=1, reduce="mean"), Cohort(list(range(8))))
+    assert found.failed.keys() == {3} and reason in found.failed[3]
+    others = [client for client in range(8) if client != 3]
+    here = Sequential(federation, {"train": Sgd(model=model, lr=0.1)}, 3)
+    expected = here.execute(Task("train", {"params": model.params}, round=1, reduce="mean"), Cohort(others))
+    assert found.ids == others
+    for name, leaf in expected.update["params"].items():
+        torch.testing.assert_close(found.update["params"][name], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_work_of_others_is_spread_over_the_workers(classification):
+    _, federation = classification(SIZES)
+    with Ray(federation, {}, 3, workers=2) as engine:
+        found = list(engine.map(square, 10, range(7)))
+    assert found[:3] == [10, 11, 14] and isinstance(found[3], ValueError) and found[4:] == [26, 35, 46]
+
+
+def square(shared, item):
+    if item == 3:
+        raise ValueError("three")
+    return shared + item * item
+
+
+def test_too_many_workers_are_refused_with_what_there_is(classification):
+    _, federation = classification(SIZES)
+    with pytest.raises(RuntimeError, match="no room for 3 workers with 4 CPUs and 0 GPUs each.*enough for 2"):
+        Ray(federation, {}, workers=3, cpus=4).start()
+    with pytest.raises(RuntimeError, match="0.25 GPUs each.*0 GPUs"):
+        Ray(federation, {}, workers=1, gpus=0.25).start()
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_tensors_arrive_as_they_were(copy):
+    leaves = {
+        "a": torch.randn(3, 2).to(torch.bfloat16),
+        "b": {"c": torch.tensor(True), "d": torch.zeros(0, 3, dtype=torch.int64)},
+        "rows": Rows(torch.tensor([1, -1]), torch.randn(2, 3), 7),
+    }
+    found = thaw(ray.get(ray.put(freeze(leaves))), copy)
+    assert same(flatten(leaves), flatten(found))
+    assert all(leaf.dtype == flatten(found)[name].dtype for name, leaf in flatten(leaves).items())
