@@ -161,6 +161,15 @@ def take(tree: Tree, index: Any) -> Tree:
     return map(pick, tree)
 
 
+def clone(tree: Tree) -> Tree:
+    """The same tree in memory of its own."""
+
+    def copy(leaf: Any) -> Any:
+        return Rows(leaf.index.clone(), leaf.values.clone(), leaf.size) if isinstance(leaf, Rows) else leaf.clone()
+
+    return map(copy, tree)
+
+
 def where(condition: Tensor, this: Tree, other: Tree) -> Tree:
     """`this` where the condition holds, else `other`; the condition is (), so inside vmap it is one per client."""
     return map(lambda a, b: torch.where(condition, a, b), this, other)
@@ -179,7 +188,7 @@ def weighted_mean(tree: Tree, weight: Tensor) -> Tree:
         if isinstance(leaf, Rows):
             return scale(leaf, share).dense()
         leaf = leaf if leaf.is_floating_point() else leaf.double()
-        return torch.tensordot(share.to(leaf.dtype), leaf, 1)
+        return torch.tensordot(share.to(leaf.dtype), leaf, 1) if len(leaf) > 1 else leaf[0]
 
     return map(mean, tree)
 

@@ -33,6 +33,7 @@ class Fold:
         self.update: Tree = {}
         self.weight = 0.0
         self.count = 0
+        self.own = False  # whether nobody else has these tensors, so that they may be changed in place
 
     def add(self, update: Tree, weight: Tensor) -> None:
         """Takes in the updates of C clients, leaves (C, ...)."""
@@ -42,15 +43,17 @@ class Fold:
 
     def merge(self, update: Tree, weight: float, count: int) -> None:
         """Takes in what another fold made of `count` clients of this weight together."""
+        # The share of what is new. A running mean, unlike a sum divided at the end, gives one client back exactly.
+        total = self.weight + weight
+        share = weight / total if total else count / (self.count + count)
         if not self.count:
             self.update = update
         elif self.reduce == "sum":
-            self.update = tree.map(torch.add, self.update, update)
+            self.update = tree.map(torch.Tensor.add_ if self.own else torch.add, self.update, update)
         else:
-            # The share of what is new. A running mean, unlike a sum divided at the end, gives one client back exactly.
-            total = self.weight + weight
-            share = weight / total if total else count / (self.count + count)
-            self.update = tree.map(lambda a, b: torch.lerp(a, b, share), self.update, update)
+            lerp = torch.Tensor.lerp_ if self.own else torch.lerp
+            self.update = tree.map(lambda a, b: lerp(a, b, share), self.update, update)
+        self.own = self.count > 0
         self.weight += weight
         self.count += count
 

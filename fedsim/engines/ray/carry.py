@@ -55,9 +55,9 @@ def freeze_part(part: Part, seconds: float) -> FrozenPart:
 
 
 def thaw_part(part: FrozenPart) -> Part:
-    """A part that came."""
+    """A part that came; its leaves lie in the object store."""
     replies = None
     if part.replies is not None:
-        whole = thaw(part.replies)
+        whole = thaw(part.replies, copy=False)
         replies = Reply(whole.get("update", {}), whole["weight"], whole.get("personal", {}), whole.get("metrics", {}))
-    return Part(part.ids, replies, thaw(part.folded), part.failed, part.form, part.up)
+    return Part(part.ids, replies, thaw(part.folded, copy=False), part.failed, part.form, part.up)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ray
 from ray import ObjectRef
 
+from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Answer, Engine, Item, Local, Shared, client_for, pick
@@ -23,7 +24,7 @@ from fedsim.engines.ray.cluster import attach, carry_plugins, check_room
 from fedsim.engines.ray.crew import Crew, Lost
 from fedsim.engines.ray.worker import Assignment, Inner, Tables, Worker
 from fedsim.ranges import Count, Natural, NonNegative, Positive, check_fields
-from fedsim.task import Cohort, Replies, Task
+from fedsim.task import Cohort, Replies, Reply, Task
 
 INNER: dict[str, Inner] = {"auto": auto, "sequential": Sequential, "vectorised": Vectorised}
 
@@ -123,6 +124,10 @@ class Ray(Engine):
             while done < len(blocks) and all(piece in found for piece in blocks[done]):
                 gathering.take(_joined([found.pop(piece) for piece in blocks[done]], task, cohort))
                 done += 1
+        if len(gathering.parts) == 1:  # nothing was joined, so it lies in the object store still
+            gathering.parts = [Reply(**tree.clone(gathering.parts[0]._asdict()))]
+            if gathering.fold is not None:
+                gathering.fold.update = tree.clone(gathering.fold.update)
         return gathering.replies()
 
     def _parts(self, task: Task, cohort: Cohort, blocks: list[list[Piece]]) -> Iterator[tuple[Piece, Part]]:
