@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import ray
 import torch
 
+import fedsim
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from fedsim import Cohort, Sequential, Task, Vectorised, begin, rounds
@@ -164,3 +168,102 @@ def test_tensors_arrive_as_they_were(copy):
     found = thaw(ray.get(ray.put(freeze(leaves))), copy)
     assert same(flatten(leaves), flatten(found))
     assert all(leaf.dtype == flatten(found)[name].dtype for name, leaf in flatten(leaves).items())
+
+
+EXPERIMENT = """
+name = "scaffold"
+seed = 3
+rounds = 12
+evaluate_every = 0
+checkpoint_every = 1
+[data]
+use = "fedsim.data.datasets:digits"
+[partition]
+use = "fedsim.data.partition:iid"
+clients = 12
+[model]
+use = "fedsim.networks:mlp"
+hidden = [8]
+[strategy]
+use = "strategies.scaffold:Scaffold"
+[clients.train]
+use = "plugin.py:Slow"
+lr = 0.1
+[sample]
+use = "fedsim.sampling:uniform"
+fraction = 0.5
+[engine]
+use = "fedsim.engines.ray:Ray"
+workers = 2
+"""
+PLUGIN = """
+import time
+from dataclasses import dataclass
+from clients.scaffold import ControlledSgd
+
+@dataclass(frozen=True)
+class Slow(ControlledSgd):
+    def prepare(self, examples, rng):
+        time.sleep(0.02)
+        return examples
+"""
+
+
+def test_a_driver_killed_and_resumed_ends_with_the_bits_of_the_run_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plugin.py").write_text(PLUGIN)  # it reaches the workers by value
+    (tmp_path / "slow.toml").write_text(EXPERIMENT)
+    code = "import fedsim; fedsim.run('slow.toml')"
+    driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "runs" / "scaffold"
+    deadline = time.monotonic() + 120
+    while sum(len(path.read_text().splitlines()) for path in metrics.glob("*/metrics.jsonl")) < 4:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    (path,) = metrics.iterdir()
+    resumed = fedsim.resume(path)
+    alone = fedsim.run("slow.toml", changes=["engine={use='fedsim.engines.local:auto'}"])
+    assert [line["round"] for line in resumed.metrics] == list(range(1, 13))
+    assert same(resumed.params, alone.params)
+    assert {line["train/loss"] for line in resumed.metrics} == {line["train/loss"] for line in alone.metrics}
+
+
+def marked(mark):
+    """The processes that have this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_an_engine_of_its_own_cluster_leaves_no_process_behind(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from fedsim.engines.ray import Ray\n"
+        "from fedsim.testing import ragged\n"
+        "with Ray(ragged({'x': torch.ones(70)}), {}, workers=1) as engine:\n"
+        "    print(list(engine.map(max, 3, [1, 5])), flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "print(engine.crew, flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    mark = f"FEDSIM_TEST_MARK={tmp_path}"
+    settings = dict(os.environ) | dict([mark.split("=", 1)])
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], text=True, stdin=pipe, stdout=pipe, env=settings) as driver:
+        assert driver.stdout.readline() == "[3, 5]\n"
+        assert len(marked(mark)) > 3  # the driver, the worker, Ray's own
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+        assert driver.stdout.readline() == "None\n"
+        deadline = time.monotonic() + 20
+        while len(marked(mark)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert marked(mark) == [str(driver.pid)]
+        driver.stdin.write("\n")
