@@ -132,7 +132,8 @@ class Ray(Engine):
 
     def _parts(self, task: Task, cohort: Cohort, blocks: list[list[Piece]]) -> Iterator[tuple[Piece, Part]]:
         """What comes of each piece, as it comes; a block whose clients are suspected falls into more pieces."""
-        crew, shared = self.start(), ray.put(freeze(task.shared))
+        crew = self.start()  # first, or Ray would start, or join, a cluster of its own choice
+        shared = ray.put(freeze(task.shared))
         waiting = deque(sorted((block[0] for block in blocks), key=self._length(task, cohort), reverse=True))
 
         def submit(worker: Any, piece: Piece) -> ObjectRef[FrozenPart]:
@@ -179,6 +180,7 @@ class Ray(Engine):
         self, function: Callable[[Shared, Item], Answer], shared: Shared, items: Iterable[Item]
     ) -> Iterator[Answer | Exception]:
         """What the function makes of `shared` and each item, in order, or what it raised; on all workers at once."""
+        crew = self.start()  # first, or Ray would start, or join, a cluster of its own choice
         given = [ray.put(function), ray.put(shared)]
         waiting: deque[Call] = deque(Call(number, item) for number, item in enumerate(items))
         found: dict[int, Any] = {}
@@ -187,7 +189,7 @@ class Ray(Engine):
         def submit(worker: Any, call: Call) -> Any:
             return worker.call.remote(*given, call.item)
 
-        for call, result in self.start().carry_out(waiting, submit, lambda call: self.deadline):
+        for call, result in crew.carry_out(waiting, submit, lambda call: self.deadline):
             if isinstance(result, Lost) and not result.hung and call.deaths < self.retries:
                 call.deaths += 1
                 waiting.append(call)
