@@ -10,9 +10,9 @@ from ray import cloudpickle
 
 
 def attach(address: str | None, cpus: float) -> bool:
-    """Connects to a running cluster, or starts one on this machine; whether it was started, and is to be stopped.
+    """Connects to a running cluster, or starts one on this machine; whether this is to be undone in the end.
 
-    A Ray to which this process is connected already is used as it is.
+    A Ray to which this process is connected already is used as it is, and stays.
 
     Raises:
         ConnectionError: there is no cluster at this address.
@@ -25,7 +25,7 @@ def attach(address: str | None, cpus: float) -> bool:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConnectionError(f"no Ray cluster at {address}: {error}") from error
-        return False
+        return True
     ray.init(
         address="local",  # never somebody else's that happens to run here
         num_cpus=max(1, math.ceil(cpus)),

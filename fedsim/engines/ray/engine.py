@@ -77,7 +77,7 @@ class Ray(Engine):
             raise ValueError(f'block = {self.block} needs inner = "vectorised", got {self.inner!r}')
         self.local: Local = self._make()(self.federation, self.clients, self.seed)
         self.crew: Crew[Any] | None = None
-        self.owner = False  # of the cluster
+        self.owner = False  # of the connection to the cluster, and of the cluster if it has no address
         self.pace: dict[int, float] = {}  # client -> seconds, as measured: for placement alone
 
     def _make(self) -> Inner:
@@ -104,7 +104,7 @@ class Ray(Engine):
         return self.crew
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it is this engine's own."""
+        """Ends the workers, the connection if it is this engine's own, and with it the cluster if it is on its own."""
         if self.crew is not None:
             self.crew.dismiss()
             self.crew = None
