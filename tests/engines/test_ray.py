@@ -267,3 +267,47 @@ def test_an_engine_of_its_own_cluster_leaves_no_process_behind(tmp_path):
             time.sleep(0.1)
         assert marked(mark) == [str(driver.pid)]
         driver.stdin.write("\n")
+
+
+TWO_NODES = """
+import os, threading
+for key, value in {"initial_delay_ms": 500, "period_ms": 300, "timeout_ms": 500, "failure_threshold": 3}.items():
+    os.environ[f"RAY_health_check_{key}"] = str(value)
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+import torch
+from ray.cluster_utils import Cluster
+import fedsim
+from fedsim.engines.ray import Ray
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+class LosesANode:
+    def __init__(self, *plan):
+        pass
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        return None
+    def show(self, metrics):
+        assert metrics["failed"] == 0
+        if metrics["round"] == 2:
+            threading.Timer(0.05, cluster.remove_node, (nodes[1],), {"allow_graceful": False}).start()
+
+def engine(federation, clients, seed):
+    return Ray(federation, clients, seed, workers=2, address=cluster.address, inner="sequential")
+
+there = fedsim.run("slow.toml", engine=engine, display=LosesANode)
+here = fedsim.run("slow.toml", changes=["engine={use='fedsim.engines.local:Sequential'}"])
+assert all(torch.equal(leaf, there.params[name]) for name, leaf in here.params.items())
+print("the same, on", len([node for node in cluster.list_all_nodes() if node.all_processes]), "nodes")
+cluster.shutdown()
+"""
+
+
+def test_losing_one_of_two_nodes_in_the_middle_of_a_round_changes_nothing(tmp_path):
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "slow.toml").write_text(EXPERIMENT)
+    run = [sys.executable, "-c", TWO_NODES]
+    ran = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert "the same, on 2 nodes" in ran.stdout, ran.stderr[-3000:]  # the head, and the one that is left

@@ -25,7 +25,7 @@ class Member(Generic[Work]):
 
     handle: Any
     born: Any  # a reference to its process id, there once it is up
-    hired: float
+    up: bool = False
     given: deque[tuple[Work, Any]] = field(default_factory=deque)  # work and a reference to its result, in order
     since: float = 0.0  # when it began with the first of these
 
@@ -62,7 +62,7 @@ class Crew(Generic[Work]):
 
     def _member(self) -> Member[Work]:
         handle = self.hire()
-        return Member(handle, handle.ready.remote(), time.monotonic())
+        return Member(handle, handle.ready.remote())
 
     def carry_out(
         self, waiting: deque[Work], submit: Callable[[Any, Work], Any], patience: Callable[[Work], float | None]
@@ -76,10 +76,14 @@ class Crew(Generic[Work]):
         """
         try:
             while True:
+                self._greet()
                 self._hand_out(waiting, submit)
                 busy = {member.given[0][1]: member for member in self.members if member.given}
-                if not busy:
+                if not busy and not waiting:
                     return
+                if not busy:
+                    self._await_one()
+                    continue
                 for ref in ray.wait(list(busy), num_returns=1, timeout=LOOK_SECONDS)[0]:
                     yield self._collect(busy[ref], waiting)
                 for member in list(self.members):
@@ -89,9 +93,21 @@ class Crew(Generic[Work]):
             for member in [member for member in self.members if member.given]:
                 self._bury(member, deque(), Lost("what it was at is not wanted any more"))
 
+    def _greet(self) -> None:
+        """Notes who has come up meanwhile."""
+        for member in self.members:
+            member.up = member.up or bool(ray.wait([member.born], timeout=0)[0])
+
+    def _await_one(self) -> None:
+        """Waits for somebody who can work: all have died, and nobody has come up in their places yet."""
+        born = [member.born for member in self.members]
+        if not ray.wait(born, num_returns=1, timeout=START_SECONDS)[0]:
+            raise RuntimeError(f"all workers died, and none could be started within {START_SECONDS:g} s")
+
     def _hand_out(self, waiting: deque[Work], submit: Callable[[Any, Work], Any]) -> None:
-        """Gives each worker what it can be given, the one with least first."""
-        while waiting and len((member := min(self.members, key=lambda member: len(member.given))).given) < AHEAD:
+        """Gives each worker what it can be given, the one with least first; nothing to those that may never come up."""
+        up = [member for member in self.members if member.up]
+        while waiting and up and len((member := min(up, key=lambda member: len(member.given))).given) < AHEAD:
             work = waiting.popleft()
             if not member.given:
                 member.since = time.monotonic()
@@ -112,16 +128,8 @@ class Crew(Generic[Work]):
 
     def _late(self, member: Member[Work], patience: Callable[[Work], float | None]) -> Lost | None:
         """Why a worker is given up, if it is."""
-        now = time.monotonic()
-        if not member.given:
-            return None
-        if not ray.wait([member.born], timeout=0)[0]:
-            member.since = now  # it has not begun
-            if now - member.hired < START_SECONDS:
-                return None
-            return Lost(f"no worker could be started within {START_SECONDS:g} s in the place of one that died")
-        limit = patience(member.given[0][0])
-        if limit is None or now - member.since <= limit:
+        limit = patience(member.given[0][0]) if member.given else None
+        if limit is None or time.monotonic() - member.since <= limit:
             return None
         return Lost(f"not done after {limit:g} s", hung=True)
 
