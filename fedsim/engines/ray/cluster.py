@@ -54,6 +54,12 @@ def _times(resources: dict[str, float], name: str, each: float) -> float:
     return float("inf") if not each else resources.get(name, 0.0) / each + 1e-9
 
 
+def surroundings() -> dict[str, dict[str, str]]:
+    """What a worker's process is given: it finds the modules that this one finds."""
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    return {"env_vars": {"PYTHONPATH": path}}
+
+
 def carry_plugins() -> Iterator[str]:
     """Has modules that were loaded from plug-in files travel by value: workers cannot import them."""
     for name, module in list(sys.modules.items()):

@@ -20,7 +20,7 @@ from fedsim.engines.engine import Answer, Engine, Item, Local, Shared, client_fo
 from fedsim.engines.gathering import Gathering, Part
 from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.engines.ray.carry import FrozenPart, freeze, thaw_part
-from fedsim.engines.ray.cluster import attach, carry_plugins, check_room
+from fedsim.engines.ray.cluster import attach, carry_plugins, check_room, surroundings
 from fedsim.engines.ray.crew import Crew, Lost
 from fedsim.engines.ray.worker import Assignment, Inner, Tables, Worker
 from fedsim.ranges import Count, Natural, NonNegative, Positive, check_fields
@@ -99,7 +99,7 @@ class Ray(Engine):
         part = self.federation
         tables = Tables(freeze(dict(part.columns)), Federation({}, part.rows, part.bounds, {}, part.names, part.name))
         given = [ray.put(tables), ray.put(dict(self.clients))]
-        actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)(Worker)
+        actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, runtime_env=surroundings())(Worker)
         self.crew = Crew(lambda: actor.remote(self._make(), *given, self.seed, self.threads), self.workers)
         return self.crew
 
