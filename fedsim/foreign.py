@@ -4,6 +4,7 @@ It takes part in the ordinary loop: the nodes that it sees are the clients that 
 sends is a task, and it aggregates messages made of the replies. Its rounds of evaluation are left to the loop's own.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ def adopt(strategy: FlowerStrategy, sample: Sampler, num_clients: int, seed: int
     """A strategy, fedsim's or Flower's, as one of fedsim's, and the sampler to use with it."""
     if isinstance(strategy, Strategy):
         return strategy, sample
-    foreign = Foreign(Guest(strategy, num_clients, seed), sample)
+    own = copy.deepcopy(strategy)  # what it remembers of this run is none of the next one's business
+    foreign = Foreign(Guest(own, num_clients, seed), sample)
     return foreign, foreign.draw
 
 

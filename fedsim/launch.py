@@ -25,6 +25,7 @@ from fedsim.flower.guest import FlowerStrategy
 from fedsim.foreign import adopt
 from fedsim.job import DisplayFor, Job, Plan, Result, drive, prepare
 from fedsim.model import Model
+from fedsim.randomness import seeding
 from fedsim.ranges import Count, Natural, check
 from fedsim.runs import Run
 from fedsim.sampling import everyone
@@ -141,13 +142,14 @@ def run_app(folder: str | Path, *, changes: Sequence[str] = (), num_nodes: int |
 
     Raises:
         ConfigError: there is no app, or it has no such configuration; nothing was run.
-        ClientAppsFailed: not one message was answered without an error.
+        ClientAppsFailed: not one message of some type was answered without an error.
         Exception: what the server's app raised.
     """
     try:
         check("seed", seed, Natural)
         check("num_nodes", num_nodes, Count | None)
-        app = load(Path(folder))
+        with seeding(seed, "import"):  # some apps make their model when they are imported
+            app = load(Path(folder))
         config = changed(app.run_config, dict(assignment(change) for change in changes))
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -39,4 +39,7 @@ def averages(replies: Replies) -> Metrics:
     total = float(weight.sum())
     if not total:
         return {}
-    return {name: float((values.double() * weight).sum()) / total for name, values in replies.metrics.items()}
+    some = weight > 0  # what weighs nothing counts for nothing, were it NaN
+    return {
+        name: float((values[some].double() * weight[some]).sum()) / total for name, values in replies.metrics.items()
+    }

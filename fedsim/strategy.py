@@ -79,7 +79,8 @@ class Strategy(flwr.serverapp.strategy.Strategy):
                 None: all of them.
             min_nodes: how many nodes to wait for.
         """
-        session = Session(self, sample, min_nodes)
+        kind = type(type(self).__name__, (Session,), {})  # Flower's log names the class
+        session: Session = kind(self, sample, min_nodes)
         return session.start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def configure_train(
@@ -108,11 +109,15 @@ class Strategy(flwr.serverapp.strategy.Strategy):
         """Logs what the strategy is."""
         self._session.summary()
 
+    def __getstate__(self) -> dict[str, object]:
+        """The hyper-parameters, and nothing of a run."""
+        return {name: value for name, value in self.__dict__.items() if name != "_flower_session"}
+
     @property
     def _session(self) -> Session:
         """What Flower's phases must remember when they are called one by one, as Flower's wrappers do."""
         found = self.__dict__.get("_flower_session")
         if found is None:
-            found = Session(self)
+            found = Session(self, wrapped=True)
             object.__setattr__(self, "_flower_session", found)
         return cast(Session, found)

@@ -355,6 +355,9 @@ class Watching(flwr.serverapp.strategy.FedAvg):
         self.there: list[list[int]] = []
         self.answers: list[tuple[list[int], dict[int, str]]] = []
 
+    def __deepcopy__(self, memo):
+        return self  # a run has a copy of its own, and this one is looked at afterwards
+
     def configure_train(self, server_round, arrays, config, grid):
         self.there.append(list(grid.get_node_ids()))
         return super().configure_train(server_round, arrays, config, grid)
@@ -409,6 +412,13 @@ def test_a_strategy_sees_those_that_were_drawn_and_those_that_dropped_out_fail(s
     assert_near(found.params, same.params)
     down = [line["bytes_down"] for line in found.metrics]
     assert down == [line["bytes_down"] for line in same.metrics], "those that drop out were sent the model"
+
+
+def test_what_a_strategy_remembers_of_a_run_does_not_reach_the_next_one(setting):
+    play, strategy = setting(), flwr.serverapp.strategy.FedAdam(eta=0.05)
+    first, second = (play(strategy) for _ in range(2))
+    assert all(torch.equal(leaf, second.params[name]) for name, leaf in first.params.items())
+    assert strategy.m_t is None
 
 
 def test_the_samplers_table_is_honoured(tmp_path):

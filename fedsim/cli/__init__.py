@@ -195,10 +195,8 @@ def _app_closing(outcome: Outcome) -> None:
         out.print("done; the app has a loop of its own, so its metrics are where it puts them")
     if outcome.failed:
         last = outcome.failed[-1]
-        told = last.reason.splitlines()[-1]
-        out.print(
-            f"failed   {len(outcome.failed)} messages; the last, {last.message_type} of node {last.partition}: {told}"
-        )
+        where = f"{last.message_type} of partition {last.partition} in round {last.round}"
+        out.print(f"failed   {len(outcome.failed)} messages; the last, {where}: {last.error}")
 
 
 def _has(result: Result, name: str) -> bool:

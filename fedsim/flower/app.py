@@ -9,7 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from fedsim.randomness import reseed, seeding
 from fedsim.ranges import Count, Natural, checked
 
 _ONE_AT_A_TIME = Lock()  # Flower keeps a run's identity for the whole process
+_running: list[int] = []  # the thread that runs an app
 
 
 class Failure(NamedTuple):
@@ -35,6 +36,7 @@ class Failure(NamedTuple):
     partition: int
     message_type: str
     round: int  # as the server told it; 0 if it told none
+    error: str  # in a line
     reason: str  # with the traceback
 
 
@@ -54,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 class ClientAppsFailed(RuntimeError):  # noqa: N818 - says what happened
-    """Not one message of the whole run was answered without an error."""
+    """Not one message of some type, such as "train", was answered without an error in the whole run."""
 
 
 class Job(NamedTuple):
@@ -117,7 +119,7 @@ class AppNodes:
         self.contexts: dict[int, Context] = {}
         self.counts: Counter[int] = Counter()
         self.failed: list[Failure] = []
-        self.answered = 0
+        self.answered: Counter[str] = Counter()  # by type of message
 
     def answer(self, batch: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """The reply to each message, in order; the server's generators stay as they are."""
@@ -139,15 +141,15 @@ class AppNodes:
             if answer.reply.has_error():
                 self.failed.append(self._failure(partition, message, answer))
             else:
-                self.answered += 1
+                self.answered[message.metadata.message_type] += 1
             yield answer.reply
 
     def _failure(self, partition: int, message: Message, answer: Answer) -> Failure:
         configs = message.content.config_records.values()
         told = next((config["server-round"] for config in configs if "server-round" in config), 0)
         number = told if isinstance(told, int) else 0
-        reason = answer.traceback or str(answer.reply.error.reason)
-        return Failure(partition, message.metadata.message_type, number, reason)
+        error = str(answer.reply.error.reason)
+        return Failure(partition, message.metadata.message_type, number, error, answer.traceback or error)
 
     def _jobs(self, pairs: Sequence[tuple[int, Message]]) -> Iterator[Job]:
         for partition, message in pairs:
@@ -185,11 +187,14 @@ def run(
         engine: where nodes run, as for `fedsim.simulate`.
 
     Raises:
-        ClientAppsFailed: not one message was answered without an error.
+        ClientAppsFailed: not one message of some type was answered without an error.
+        RuntimeError: called by an app that is run so itself.
         Exception: what the server's app raised.
     """
     if isinstance(num_nodes, bool) or isinstance(seed, bool):
         raise ValueError(f"num_nodes and seed must be numbers, got {num_nodes!r} and {seed!r}")
+    if get_ident() in _running:
+        raise RuntimeError("a Flower app runs already, and one cannot be run inside another")
     config: UserConfig = dict(run_config or {})
     nobody = Federation({}, np.arange(0), np.zeros((num_nodes, 4), dtype=np.int64), name="a Flower app's")
     with (
@@ -203,12 +208,18 @@ def run(
         nodes = AppNodes(client_app, num_nodes, config, where, seed)
         grid = SimulationGrid(nodes, num_nodes, seed)
         context = Context(grid.run.run_id, 0, {}, RecordDict(), config)
-        server_app(grid, context)
-        grid.close()
-    if nodes.failed and not nodes.answered:
-        first = nodes.failed[0]
-        raise ClientAppsFailed(
-            f"all {len(nodes.failed)} messages were answered with errors; the first, {first.message_type} of partition "
-            f"{first.partition}: {first.reason}"
-        )
+        _running.append(get_ident())
+        try:
+            server_app(grid, context)
+            grid.close()
+        finally:
+            _running.clear()
+    for first in nodes.failed:
+        kind = first.message_type
+        if not nodes.answered[kind] and "No evaluate function registered" not in first.error:
+            number = sum(failure.message_type == kind for failure in nodes.failed)
+            raise ClientAppsFailed(
+                f"all {number} messages of type {kind} were answered with errors; the first, of partition "
+                f"{first.partition}: {first.reason}"
+            )
     return Outcome(results[-1] if results else None, context, nodes.failed)

@@ -11,6 +11,8 @@ from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+OURS = ("strategies", "clients", "experiments")
+
 
 class AppFolder(NamedTuple):
     """What a folder holds."""
@@ -41,6 +43,7 @@ def load(folder: Path) -> AppFolder:
     where = str(folder.resolve())
     if sys.path[:1] != [where]:
         sys.path[:] = [where, *(entry for entry in sys.path if entry != where)]
+    _forget(folder.resolve())
     for use in components.values():
         _check_origin(str(use).partition(".")[0].partition(":")[0], folder.resolve(), path)
     return AppFolder(
@@ -50,6 +53,15 @@ def load(folder: Path) -> AppFolder:
         flattened(_inner(app, "config", path)),
         _num_nodes(flower, path),
     )
+
+
+def _forget(folder: Path) -> None:
+    """Has the folder's modules imported anew: what they keep from an earlier run is none of the next one's business."""
+    for name, module in list(sys.modules.items()):
+        origin = Path(getattr(module, "__file__", None) or "/").resolve()
+        own = origin.is_relative_to(folder) and "site-packages" not in origin.parts
+        if own and name.partition(".")[0] not in ("fedsim", *OURS):
+            del sys.modules[name]
 
 
 def _table(tables: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:

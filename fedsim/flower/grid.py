@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +53,7 @@ class SimulationGrid(Grid):
         self._known: set[str] = set()
         self._waiting: dict[str, Message] = {}  # by message id, in the order in which they were pushed
         self._replies: dict[str, Message] = {}
+        self._late: set[str] = set()  # messages that a timeout left waiting
         self._lock = threading.RLock()
         self._owner = threading.get_ident()
         self._asked: list[float] = []  # when it was asked for nodes since the last message
@@ -134,19 +135,25 @@ class SimulationGrid(Grid):
     def _carry_out(self, idents: Sequence[str], deadline: float | None) -> None:
         """Has the nodes answer, until the deadline; those that are left stay waiting."""
         batch = [self._waiting[ident] for ident in idents]
-        answers = self._nodes.answer([(self._number[message.metadata.dst_node_id], message) for message in batch])
-        for ident in idents:
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-            reply = next(answers)
-            del self._waiting[ident]
-            stamp(reply, f"reply-to-{ident}")
-            self._replies[ident] = reply
+        pairs = [(self._number[message.metadata.dst_node_id], message) for message in batch]
+        answers = self._nodes.answer(pairs)
+        try:
+            for ident in idents:
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._late |= self._waiting.keys() & set(idents)
+                    break
+                reply = next(answers)
+                del self._waiting[ident]
+                stamp(reply, f"reply-to-{ident}")
+                self._replies[ident] = reply
+        finally:
+            if isinstance(answers, Generator):  # which may hold the server's generators as they were
+                answers.close()
 
     def close(self) -> None:
-        """Carries out what nobody asked for."""
+        """Carries out what nobody asked for; not what came too late for whoever did."""
         with self._lock:
-            self._carry_out(list(self._waiting), None)
+            self._carry_out([ident for ident in self._waiting if ident not in self._late], None)
 
 
 def alike(batch: Sequence[tuple[int, Message]]) -> Iterator[list[tuple[int, Message]]]:

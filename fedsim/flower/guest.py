@@ -73,11 +73,14 @@ class Guest:
         """The new model, None where the strategy makes none; and its metrics."""
         with quiet(), seeding(self.seed, "flower", "aggregate", task.round):
             messages = list(self._replies(task, replies))
-            gc.freeze()  # some of Flower's strategies collect garbage for each array: what is here already is none
+            mine = not gc.get_freeze_count()  # whoever runs this may have frozen things himself
+            if mine:
+                gc.freeze()  # some of Flower's strategies collect garbage for each array: what is here already is none
             try:
                 arrays, metrics = self.strategy.aggregate_train(task.round, messages)
             finally:
-                gc.unfreeze()
+                if mine:
+                    gc.unfreeze()
         params = None if arrays is None else unpack(arrays, f"{self!r}, round {task.round}")
         return params, dict(_named(task.action, metrics or MetricRecord()))
 

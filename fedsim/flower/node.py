@@ -1,7 +1,7 @@
 """Node: a ClientApp that runs fedsim's clients, on a Flower node that holds some of a federation's clients.
 
-Of n nodes, that with partition-id p holds the clients p, p + n, p + 2n, ... A message says which of them are meant; one
-that does not, as Flower's strategies send it, means client p.
+Of n nodes, that with partition-id p holds the clients p, p + n, p + 2n, ... A message says which of them are meant. One
+that does not, as Flower's strategies send it, means client p; then there must be as many nodes as clients.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,8 @@ def client_app(
     federation: Federation, clients: Mapping[str, Client], seed: int = 0, mods: Sequence[Mod] = ()
 ) -> ClientApp:
     """A ClientApp whose nodes are clients of this federation: `train` and `evaluate`, and other actions by name.
+
+    Under a strategy's `start` there must be as many nodes as clients; a `GridEngine` needs fewer.
 
     Args:
         federation: the data by client.
@@ -77,6 +79,10 @@ def answer(load: Callable[[Context], Site], message: Message, context: Context) 
         told = {"partition-id": number, "num-partitions": of, "num-clients": site.federation.num_clients}
         return Message(RecordDict({"node": MetricRecord({**told})}), reply_to=message)
     task = fitted(decode_task(message.content, kind, f"message to the node of partition {number}"), site.clients)
+    if task.ids is None and of != site.federation.num_clients:
+        raise ValueError(
+            f"the federation has {site.federation.num_clients} clients, so it needs as many nodes, not {of}"
+        )
     ids = [number] if task.ids is None else list(task.ids)
     if wrong := [client for client in ids if client % of != number or not 0 <= client < site.federation.num_clients]:
         raise MalformedMessage(f"partition {number} of {of} holds no clients {wrong}")

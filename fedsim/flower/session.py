@@ -28,8 +28,10 @@ class Session(Strategy):
     The method stays pure: its state, the task that is out and the nodes that were asked are kept here.
     """
 
-    def __init__(self, method: Method, sample: Sampler | None = None, min_nodes: int = 1) -> None:
-        self.method, self.sample, self.min_nodes = method, sample, min_nodes
+    def __init__(
+        self, method: Method, sample: Sampler | None = None, min_nodes: int = 1, wrapped: bool = False
+    ) -> None:
+        self.method, self.sample, self.min_nodes, self.wrapped = method, sample, min_nodes, wrapped
         self.state: Tree = {}
         self.given = ArrayRecord()  # the model as Flower last had it from here
         self.task: Task | None = None
@@ -37,7 +39,7 @@ class Session(Strategy):
 
     def summary(self) -> None:
         """Logs what the strategy is."""
-        logger.info("%r", self.method)
+        logging.getLogger("flwr").info("\t└──> %r", self.method)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -64,6 +66,7 @@ class Session(Strategy):
         gathered = self._gather(task, replies)
         if not gathered.ids:
             return None, None
+        self._warn(gathered)
         self.state, metrics = step(self.method, self.state, task, gathered)
         made = pack(self.method.params(self.state))
         self.given = made.copy()  # a wrapper may change what it is handed
@@ -88,6 +91,17 @@ class Session(Strategy):
             )
         gathered = self._gather(self.task._replace(reduce="stack"), replies)
         return MetricRecord(_averages(gathered)) if gathered.ids else None
+
+    def _warn(self, replies: Replies) -> None:
+        """Says once what a wrapper, for privacy say, neither sees nor changes."""
+        others = sorted(replies.update.keys() - {"params"})
+        if self.wrapped and others:
+            self.wrapped = False
+            logger.warning(
+                "%s sends %s besides the model: what wraps it does not see that, so it is neither clipped nor noised",
+                type(self.method).__name__,
+                ", ".join(others),
+            )
 
     def _begin(self, arrays: ArrayRecord) -> None:
         self.state, self.given = self.method.init(_params(arrays)), arrays.copy()
@@ -175,7 +189,13 @@ def stacked(reply: Reply) -> Reply:
 
 
 def _params(arrays: ArrayRecord) -> Params:
-    """The model by name; what counts in it, such as the batches that a layer has seen, as numbers that have a mean."""
+    """The model by name; what counts in it, such as the batches that a layer has seen, as numbers that have a mean.
+
+    Raises:
+        ValueError: a name cannot be the key of a tree.
+    """
+    if wrong := [name for name in arrays if "/" in name or "@" in name or not name]:
+        raise ValueError(f"a parameter's name may hold neither '/' nor '@', and not be empty, got {wrong[:3]}")
     whole = {name: leaf for name, leaf in unpack(arrays, "the model").items() if isinstance(leaf, torch.Tensor)}
     return {name: leaf if leaf.is_floating_point() else leaf.double() for name, leaf in whole.items()}
 
@@ -189,5 +209,7 @@ def _equal(one: object, other: Params) -> bool:
 def _averages(replies: Replies) -> dict[str, MetricRecordValues]:
     """The metrics' means by weight; of those that are lists, (C, L), lists."""
     weight = replies.weight.double()
-    share = weight / weight.sum() if weight.sum() else torch.full_like(weight, 1 / len(weight))
-    return {name: torch.tensordot(share, values.double(), 1).tolist() for name, values in replies.metrics.items()}
+    weight = weight if weight.sum() else torch.ones_like(weight)
+    some = weight > 0  # what weighs nothing counts for nothing, were it NaN
+    share = weight[some] / weight.sum()
+    return {name: torch.tensordot(share, values[some].double(), 1).tolist() for name, values in replies.metrics.items()}

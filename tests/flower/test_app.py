@@ -194,7 +194,7 @@ def test_messages_find_their_function_by_type_and_action():
 
 def test_an_action_that_the_app_does_not_have_is_an_error_of_every_node():
     with pytest.raises(
-        ClientAppsFailed, match=r"train\.dance of partition 0: Traceback[\s\S]*No train function .*dance"
+        ClientAppsFailed, match=r"train\.dance .* of partition 0: Traceback[\s\S]*No train function .*dance"
     ):
         ask(answering(count), 2, kind="train.dance")
 
@@ -347,9 +347,42 @@ def test_an_error_that_the_app_itself_replies_is_told():
 def test_where_all_fail_the_run_fails_and_says_why_the_first_did():
     content = RecordDict({"config": ConfigRecord({"server-round": 1})})
     with pytest.raises(
-        ClientAppsFailed, match=r"all 3 messages .* query of partition 0: Traceback[\s\S]*OSError: nobody"
+        ClientAppsFailed, match=r"all 3 messages of type query .* of partition 0: Traceback[\s\S]*OSError: nobody"
     ):
         ask(failing(OSError("nobody"), on=range(3)), 3, content)
+
+
+def test_a_run_in_which_nobody_trained_has_failed_though_all_evaluated():
+    def evaluates_only(message, context):
+        if message.metadata.message_type == "train":
+            raise OSError("no training here")
+        return reply(message)
+
+    app = ClientApp()
+    app.train()(evaluates_only)
+    app.evaluate()(evaluates_only)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        for kind in ("train", "evaluate"):
+            grid.send_and_receive([Message(RecordDict(), node, kind) for node in grid.get_node_ids()])
+
+    with pytest.raises(ClientAppsFailed, match=r"(?s)all 3 messages of type train .*no training here"):
+        run(server, app, num_nodes=3)
+
+
+def test_an_app_cannot_be_run_inside_another_and_one_after_another_they_can():
+    inner, outer = ServerApp(), ServerApp()
+    inner.main()(lambda grid, context: None)
+
+    @outer.main()
+    def main(grid, context):
+        with pytest.raises(RuntimeError, match="inside another"):
+            run(inner, ClientApp(), num_nodes=1)
+
+    run(outer, ClientApp(), num_nodes=1)
+    run(inner, ClientApp(), num_nodes=1)
 
 
 def test_one_answer_in_the_whole_run_is_enough_that_it_has_not_failed():

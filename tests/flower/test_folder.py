@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedsim import cli
 from fedsim.config import ConfigError
-from fedsim.flower import ClientAppsFailed
+from fedsim.flower import ClientAppsFailed, run
 from fedsim.flower.folder import AppFolder, changed, flattened, load
 from fedsim.launch import run_app
 
@@ -145,7 +145,7 @@ def test_a_folder_is_found_from_wherever_one_is(folder, monkeypatch, tmp_path):
 
 def test_a_folder_that_is_read_twice_is_in_pythons_path_once(folder):
     one, two = load(folder.write()), load(folder.path)
-    assert one.server_app is two.server_app
+    assert one.server_app is not two.server_app  # what its modules kept from an earlier run is gone
     assert sys.path.count(str(folder.path)) == 1
 
 
@@ -302,7 +302,9 @@ def test_an_app_with_a_loop_of_its_own_is_done_without_metrics(folder):
 def test_messages_that_failed_are_counted_and_the_last_one_is_told(folder):
     result = folder.run("--num-nodes", 3, "--set", "how=one fails")
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == "failed   2 messages; the last, train of node 1: OSError: nobody is there"
+    assert result.stdout.splitlines()[-1] == (
+        "failed   2 messages; the last, train of partition 1 in round 2: OSError: nobody is there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -483,5 +485,5 @@ def test_the_parts_of_a_folder_are_those_that_run(folder):
         grid.send_and_receive([Message(RecordDict({"c": ConfigRecord()}), n, "query") for n in grid.get_node_ids()])
     )
     with pytest.raises(ClientAppsFailed, match="No query function registered"):
-        run_app(folder.path, num_nodes=2)
+        run(found.server_app, found.client_app, num_nodes=2)
     assert len(heard) == 2 and found.server_app is module.Parts.server_app

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -41,12 +42,13 @@ from fedsim.config.plugins import find, names
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.evaluation import Evaluate, evaluate
 from fedsim.flower import ClientNodes, SimulationGrid, client_app
+from fedsim.method import averages
 from fedsim.model import Model
 from fedsim.personal import Personal
 from fedsim.sampling import dropout, everyone, uniform
 from fedsim.simulation import begin, rounds
 from fedsim.strategy import Strategy
-from fedsim.task import Cohort, Draw, Task
+from fedsim.task import Cohort, Draw, Replies, Task
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedOpt
 from strategies.qfedavg import QFedAvg
@@ -941,3 +943,27 @@ def test_a_foreign_client_app_clips_what_our_strategy_sends_as_it_clips_what_flo
         for inside in (FedAvg(), FlowersFedAvg())
     )
     assert_near(params(ours.arrays), params(theirs.arrays))
+
+
+def test_a_parameter_whose_name_is_no_key_of_a_tree_is_refused_and_not_lost(classification):
+    arrays = ArrayRecord({"dense/kernel": Array(np.zeros(2)), "w": Array(np.zeros(3))})
+    with pytest.raises(ValueError, match="'dense/kernel'"):
+        FedAvg().configure_train(1, arrays, ConfigRecord(), SimulationGrid(None, 2))
+
+
+def test_what_a_wrapper_does_not_see_is_told_once(classification, caplog):
+    for name, told in (("scaffold", 1), ("fedavg", 0)):
+        caplog.clear()
+        model, federation = classification((5, 7, 9, 3))
+        client = {"scaffold": ControlledSgd, "fedavg": Sgd}[name](model=model, lr=0.1)
+        method = Scaffold(num_clients=4) if name == "scaffold" else FedAvg()
+        nodes = ClientNodes(Sequential(federation, {"train": client}), Personal({"train": client}, 4, 0))
+        wrapped = DifferentialPrivacyServerSideFixedClipping(method, 0.0, 1e6, 4)
+        wrapped.start(SimulationGrid(nodes, 4), ArrayRecord(model.module.state_dict()), num_rounds=2)
+        assert sum("neither clipped nor noised" in message for message in caplog.messages) == told
+
+
+def test_a_client_that_weighs_nothing_does_not_spoil_a_mean_with_a_number_that_is_none():
+    replies = Replies([0, 1], torch.tensor([0.0, 2.0]), {}, metrics={"loss": torch.tensor([float("nan"), 3.0])})
+    assert averages(replies) == {"loss": 3.0}
+    assert averages(replies._replace(weight=torch.tensor([1.0, 1.0])))["loss"] != 3.0
