@@ -5,19 +5,8 @@ the callable's signature and types before anything starts. Arguments that an exp
 them anyway (the model, the federation, the seed, ...) are filled in by name.
 """
 
-from fedsim.config.experiment import (
-    PARTS,
-    Assembly,
-    Experiment,
-    Supplies,
-    assemble,
-    assignment,
-    bundled,
-    locate,
-    read,
-    resolve,
-    supply,
-)
+from fedsim.config.assembly import Assembly, Supplies, assemble, resolve, supply
+from fedsim.config.experiment import PARTS, Experiment, assignment, bundled, locate, read
 from fedsim.config.plugins import ConfigError, find, fingerprints, names
 from fedsim.config.recipe import Recipe, recipe
 

@@ -44,6 +44,13 @@ def test_an_experiment_is_found_by_its_path_with_or_without_toml(tmp_path, monke
         assert read(source)[0].name == "small"
 
 
+def test_a_file_of_fedsims_can_be_named_by_its_path_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("experiments/fedavg/digits.toml") == locate("fedavg/digits")
+    with pytest.raises(ConfigError, match="nobody.toml"):
+        locate("experiments/fedavg/nobody.toml")
+
+
 def test_a_file_here_comes_before_a_bundled_experiment(tmp_path, monkeypatch):
     (tmp_path / "fedavg").mkdir()
     (tmp_path / "fedavg" / "digits.toml").write_text(tomli_w.dumps(TABLES))

@@ -10,7 +10,7 @@ import pytest
 import fedsim
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENT = "fedavg/digits"
+EXPERIMENT = "experiments/fedavg/digits.toml"
 NODES = 2
 CHANGES = ["rounds=2", "evaluate_every=2"]
 
