@@ -106,6 +106,7 @@ class Replies(NamedTuple):
         metrics: each (C,).
         failed: client id -> why it did not answer.
         traffic: bytes to and from all that were asked.
+        incidents: what else went wrong, and was made good: a worker that died, say.
     """
 
     ids: list[int]
@@ -115,3 +116,4 @@ class Replies(NamedTuple):
     metrics: dict[str, Tensor] = {}
     failed: dict[int, str] = {}
     traffic: Traffic = Traffic()
+    incidents: Sequence[str] = ()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsim import tree
+from fedsim.engines.folding import Fold, Folds
 from fedsim.task import Cohort, Reduce, Replies, Reply, Task, Traffic
 from fedsim.tree import Rows, Tree
 
@@ -25,48 +26,23 @@ def finite(replies: Reply) -> Tensor:
     return good
 
 
-class Fold:
-    """The mean (by weight) or the sum of updates, taken in as they come, in memory for one of them."""
-
-    def __init__(self, reduce: Reduce) -> None:
-        self.reduce = reduce
-        self.update: Tree = {}
-        self.weight = 0.0
-        self.count = 0
-        self.own = False  # whether nobody else has these tensors, so that they may be changed in place
-
-    def add(self, update: Tree, weight: Tensor) -> None:
-        """Takes in the updates of C clients, leaves (C, ...)."""
-        weight = weight.double()  # shares in float32 would cost a float64 update half of its digits
-        block = tree.total(update) if self.reduce == "sum" else tree.weighted_mean(update, weight)
-        self.merge(block, float(weight.sum()), len(weight))
-
-    def merge(self, update: Tree, weight: float, count: int) -> None:
-        """Takes in what another fold made of `count` clients of this weight together."""
-        # The share of what is new. A running mean, unlike a sum divided at the end, gives one client back exactly.
-        total = self.weight + weight
-        share = weight / total if total else count / (self.count + count)
-        if not self.count:
-            self.update = update
-        elif self.reduce == "sum":
-            self.update = tree.map(torch.Tensor.add_ if self.own else torch.add, self.update, update)
-        else:
-            lerp = torch.Tensor.lerp_ if self.own else torch.lerp
-            self.update = tree.map(lambda a, b: lerp(a, b, share), self.update, update)
-        self.own = self.count > 0
-        self.weight += weight
-        self.count += count
-
-
 class Part(NamedTuple):
-    """What came of one block of a cohort."""
+    """What came of a block of a cohort, or of several."""
 
     ids: list[int]  # those that answered
     replies: Reply | None  # stacked, leaves (C, ...), without the updates where these are folded; None if nobody did
     folded: Tree  # the updates' mean or sum
     failed: dict[int, str]
-    form: dict[str, tuple[int, ...]]  # name and shape of all that one of them answered
-    up: int  # bytes
+    form: dict[str, tuple[int, ...]] = {}  # name and shape of all that one of them answered
+    up: int = 0  # bytes
+    blocks: int = 1  # how many it was made of
+    incidents: list[str] = []  # what went wrong, and was made good
+    fits: int = 0  # the most clients in a block from now on, where more did not fit into memory
+
+    def to(self, device: torch.device) -> "Part":
+        """The same on a device."""
+        replies = None if self.replies is None else Reply(**tree.to(self.replies._asdict(), device))
+        return self._replace(replies=replies, folded=tree.to(self.folded, device))
 
 
 class Gathering:
@@ -89,7 +65,8 @@ class Gathering:
         self.parts: list[Reply] = []
         self.failed: dict[int, str] = {}
         self.up = 0
-        self.fold = None if task.reduce == "stack" else Fold(task.reduce)
+        self.incidents: list[str] = []
+        self.folds = None if task.reduce == "stack" else Folds(task.reduce)
         self.form: dict[str, tuple[int, ...]] = {}  # name and shape of all that the first one answered
         self.first = -1
         given = {"shared": task.shared, "personal": cohort.personal} | given
@@ -119,27 +96,40 @@ class Gathering:
                 return
             replies = Reply(**tree.take(replies._asdict(), good))
         self.ids += ids
-        if self.fold is not None:
-            self.fold.add(replies.update, replies.weight)
+        if self.folds is not None:
+            self.folds.last.add(replies.update, replies.weight)
             replies = replies._replace(update={})
         self.parts.append(replies)
 
     def part(self) -> Part:
         """All of it, for the gathering of a larger cohort to take in."""
         replies = Reply(**tree.concatenate([part._asdict() for part in self.parts])) if self.parts else None
-        folded = self.fold.update if self.fold else {}
-        return Part(self.ids, replies, folded, self.failed, self.form, self.up)
+        folded = self.folds.whole().update if self.folds else {}
+        blocks = self.folds.blocks if self.folds else 1
+        return Part(self.ids, replies, folded, self.failed, self.form, self.up, blocks, self.incidents)
 
     def take(self, part: Part) -> None:
-        """Takes in what came of a block of the cohort."""
+        """Takes in what came of the next block of the cohort, or of the next blocks."""
+        fold = self._accept(part)
+        if self.folds is not None:
+            self.folds.push(fold, part.blocks)
+
+    def join(self, part: Part) -> None:
+        """Takes in what came of some more clients of the block that is being gathered."""
+        fold = self._accept(part)
+        if self.folds is not None:
+            self.folds.last.merge(fold)
+
+    def _accept(self, part: Part) -> Fold:
+        """Takes in all but the updates, of which the fold is given back, empty if there are none to take in."""
         self.failed |= part.failed
+        self.incidents += part.incidents
         self.up += part.up
         if part.replies is None or self._odd(part.ids, part.form):
-            return
+            return Fold(self.task.reduce)
         self.ids += part.ids
         self.parts.append(part.replies)
-        if self.fold is not None:
-            self.fold.merge(part.folded, float(part.replies.weight.double().sum()), len(part.ids))
+        return Fold(self.task.reduce, part.folded, float(part.replies.weight.double().sum()), len(part.ids))
 
     def _odd(self, ids: Sequence[int], form: dict[str, tuple[int, ...]]) -> bool:
         """Whether these answered in another form than the first; they have failed then."""
@@ -168,11 +158,12 @@ class Gathering:
         down = len(self.cohort.ids) * tree.count_bytes(tree.leaves(self.task.shared))
         failed = dict(sorted(self.failed.items(), key=lambda item: place[item[0]]))
         if not order:
-            return Replies([], torch.zeros(0), {}, failed=failed, traffic=Traffic(down, self.up))
+            traffic = Traffic(down, self.up)
+            return Replies([], torch.zeros(0), {}, failed=failed, traffic=traffic, incidents=self.incidents)
         merged: dict[str, Any] = tree.concatenate([part._asdict() for part in self.parts])
         if order != list(range(len(order))):
             merged = tree.take(merged, torch.tensor(order))
-        update = merged.pop("update") if self.fold is None else self.fold.update
+        update = merged.pop("update") if self.folds is None else self.folds.whole().update
         return Replies(
             [self.ids[position] for position in order],
             merged["weight"],
@@ -181,4 +172,5 @@ class Gathering:
             merged["metrics"],
             failed,
             Traffic(down, self.up),
+            self.incidents,
         )
