@@ -49,7 +49,8 @@ def outlook(experiment: str, changes: Sequence[str]) -> Pairs:
     ]
     if isinstance(parts.engine, Vectorised):
         sizes = parts.federation.sizes(parts.clients[task.action].split, ids)
-        block = parts.engine.block or parts.engine.width(task, int(sizes.max(initial=1)))
+        largest = int(sizes.argmax()) if sizes.size else 0
+        block = parts.engine.block or parts.engine.width(task, int(sizes.max(initial=1)), ids[largest])
         rows.append(("block", f"{min(block, cohort)} clients at once"))
     return rows
 

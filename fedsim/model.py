@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,13 @@ class Model:
     def params(self) -> Params:
         """The parameters that the module was made with, copied."""
         return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def to(self, device: torch.device) -> "Model":
+        """The same model with its constants on a device; this one stays where it is."""
+        criterion = self.criterion
+        if isinstance(criterion, nn.Module):
+            criterion = copy.deepcopy(criterion).to(device)
+        return replace(self, module=copy.deepcopy(self.module).to(device), criterion=criterion)
 
     @cached_property
     def stochastic(self) -> bool:

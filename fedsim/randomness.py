@@ -46,7 +46,7 @@ def seeding(*path: int | str) -> Iterator[None]:
     For code that draws from them whether one likes it or not: a module's first parameters, dropout, somebody's plug-in.
     """
     before, plain = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=_gpus()):
         try:
             reseed(*path)
             yield
@@ -59,8 +59,15 @@ def reseed(*path: int | str) -> None:
     """Seeds the global generators of torch, numpy and Python by the path; only for use inside `seeding`."""
     seed = int(keys(*path)[0])
     torch.default_generator.manual_seed(seed >> 1)
+    for gpu in _gpus():  # what is drawn there
+        torch.cuda.default_generators[gpu].manual_seed(seed >> 1)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def _gpus() -> list[int]:
+    """The GPU in use, if there is one; nothing is started to find out."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
 def _scramble(bits: Any) -> Any:

@@ -170,6 +170,17 @@ def clone(tree: Tree) -> Tree:
     return map(copy, tree)
 
 
+def to(tree: Tree, device: torch.device) -> Tree:
+    """The same tree on a device; leaves that are there already are not copied."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Rows):
+            return Rows(leaf.index.to(device), leaf.values.to(device), leaf.size)
+        return leaf.to(device)
+
+    return map(move, tree)
+
+
 def where(condition: Tensor, this: Tree, other: Tree) -> Tree:
     """`this` where the condition holds, else `other`; the condition is (), so inside vmap it is one per client."""
     return map(lambda a, b: torch.where(condition, a, b), this, other)

@@ -1,7 +1,7 @@
 """Federation: data by client, as columns and row numbers, so that a million clients cost two arrays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,8 +71,16 @@ class Federation:
         rows = self.rows[start : start + size]
         if size and rows[-1] - rows[0] == size - 1 and bool((np.diff(rows) == 1).all()):
             return {name: column[rows[0] : rows[0] + size] for name, column in self.columns.items()}  # no copy
+        return self._rows(rows)
+
+    def _rows(self, rows: NDArray[np.int64]) -> Batch:
+        """Some rows of the columns, leaves (*rows.shape, ...)."""
         index = torch.from_numpy(rows)
-        return {name: column[index] for name, column in self.columns.items()}
+        return {name: column[index.to(column.device)] for name, column in self.columns.items()}
+
+    def to(self, device: torch.device) -> "Federation":
+        """The same federation with its columns on a device."""
+        return replace(self, columns={name: column.to(device) for name, column in self.columns.items()})
 
     def table(self, ids: Ids, split: str = "train") -> Batch:
         """What several clients own, padded to the longest: leaves (C, n, ...), with "mask" (C, n)."""
@@ -80,8 +88,9 @@ class Federation:
         position = np.arange(int(size.max(initial=0)))
         mask = position < size[:, None]  # (C, n)
         rows = self.rows[np.where(mask, start[:, None] + position, 0)] if self.rows.size else np.zeros_like(mask, int)
-        index = torch.from_numpy(rows)
-        return {name: column[index] for name, column in self.columns.items()} | {"mask": torch.from_numpy(mask)}
+        padded = self._rows(rows)
+        device = next((column.device for column in padded.values()), torch.device("cpu"))
+        return padded | {"mask": torch.from_numpy(mask).to(device)}
 
     def central(self) -> "Federation":
         """The common test set as a federation of one client, whose test part it is."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation
+from fedsim.engines.device import CPU, find, moved, on
 from fedsim.engines.gathering import Gathering, Part
 from fedsim.task import Cohort, Replies, Task
 
@@ -19,7 +21,13 @@ Answer = TypeVar("Answer")
 
 
 class Engine(ABC):
-    """Runs a task on a cohort. Engines differ in how they do it, never in what comes out."""
+    """Runs a task on a cohort. Engines differ in how they do it, never in what comes out.
+
+    Attributes:
+        device: where this process computes.
+    """
+
+    device: str = "cpu"
 
     @abstractmethod
     def execute(self, task: Task, cohort: Cohort) -> Replies:
@@ -62,27 +70,60 @@ class Local(Engine):
     """An engine that runs clients where it is, block by block.
 
     How a cohort is cut into blocks depends on the task and the cohort alone. What a block's clients answer is folded
-    first, and then the blocks in their order: so whoever runs the blocks, here or on any number of workers, the sums
-    are the same to the last bit.
+    first, and then the blocks pairwise: so whoever runs the blocks, here or on any number of workers, the sums are the
+    same to the last bit.
+
+    On a GPU, tables and models are moved once and `shared` once a round; what comes back is on the CPU. There `prepare`
+    draws, and batches are drawn, on the CPU too, so both are the same on every device.
     """
 
     federation: Federation
     clients: Mapping[str, Client]
+    seed: int
 
     @abstractmethod
     def blocks(self, task: Task, ids: Sequence[int]) -> Iterable[Sequence[int]]:
         """Places in the cohort, those of each block."""
 
     @abstractmethod
+    def answer(self, task: Task, cohort: Cohort, gathering: Gathering) -> None:
+        """Runs the clients of one block; what they answer, or raise, goes into the gathering."""
+
+    @cached_property
+    def place(self) -> torch.device:
+        """The device."""
+        return find(self.device)
+
+    @cached_property
+    def tables(self) -> Federation:
+        """The federation, on the device."""
+        return self.federation if self.place == CPU else self.federation.to(self.place)
+
+    @cached_property
+    def residents(self) -> dict[str, Client]:
+        """The clients, on the device."""
+        return {action: moved(client, self.place) for action, client in self.clients.items()}
+
+    def receive(self, task: Task) -> Task:
+        """The task with what it shares on the device."""
+        return task if self.place == CPU else task._replace(shared=tree.to(task.shared, self.place))
+
     def run_block(self, task: Task, cohort: Cohort) -> Part:
-        """What comes of one block."""
+        """What comes of one block; the task is one that was received."""
+        who = type(client_for(task, self.clients)).__name__
+        if self.place != CPU:
+            cohort = Cohort(cohort.ids, tree.to(cohort.personal, self.place))
+        gathering = Gathering(who, task, cohort, {"examples": self.tables.columns})
+        with on(self.place):
+            self.answer(task, cohort, gathering)
+        return gathering.part().to(CPU)
 
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
-        client = client_for(task, self.clients)
-        gathering = Gathering(type(client).__name__, task, cohort, {})
+        gathering = Gathering(type(client_for(task, self.clients)).__name__, task, cohort, {})
+        received = self.receive(task)
         for places in self.blocks(task, cohort.ids):
-            gathering.take(self.run_block(task, pick(cohort, places)))
+            gathering.take(self.run_block(received, pick(cohort, places)))
         return gathering.replies()
 
 

@@ -12,7 +12,7 @@ from clients.qfedavg import LossThenSgd
 from clients.sgd import Sgd
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.engines import local
+from fedsim.engines import local, vectorised
 from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.evaluation import Evaluate
 from fedsim.model import Model
@@ -377,9 +377,9 @@ def test_blocks_are_bounded_by_memory_and_hold_at_least_one_client(classificatio
     model, federation = classification(SIZES)
     engine, task = Vectorised(federation, {}), Task("train", {"params": model.params})
     row, shared = 5 * 4 + 8 + 8, 4 * (5 * 8 + 8 + 8 * 3 + 3)
-    assert engine.width(task, 33) == local.BLOCK_BYTES // (4 * shared + 33 * row)
-    enormous = Task("train", {"w": torch.empty(local.BLOCK_BYTES, device="meta")})
-    assert engine.width(enormous, 33) == 1
+    assert engine.width(task, 33, 0) == vectorised.BLOCK_BYTES // (4 * shared + 33 * row)
+    enormous = Task("train", {"w": torch.empty(vectorised.BLOCK_BYTES, device="meta")})
+    assert engine.width(enormous, 33, 0) == 1
 
 
 @pytest.mark.parametrize("settings", [{"block": 0}, {"seed": -1}])

@@ -1,0 +1,83 @@
+"""Device: where clients compute, and what fits there."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.client import Client
+from fedsim.model import Model
+
+CPU = torch.device("cpu")
+SPARE = 0.8  # of the memory that is left: the rest is for what an allocator cannot give back in time
+
+
+def find(name: str) -> torch.device:
+    """The device of this name: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:1", say, got {name!r}: {error}') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {name!r}')
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or (device.index or 0) >= count:
+        built = "" if torch.version.cuda else ", and was built without CUDA"
+        raise ValueError(f"device = {name!r}: torch {torch.__version__} finds {count} GPUs here{built}")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, a client's new tensors are made on the device, though it does not name one."""
+    return nullcontext() if device == CPU else device
+
+
+def moved(client: Client, device: torch.device) -> Client:
+    """The same client with its model, modules and tensors on a device."""
+    changes: dict[str, Any] = {}
+    for field in fields(client):
+        value = getattr(client, field.name)
+        if field.init and isinstance(value, Model | Tensor):
+            changes[field.name] = value.to(device)
+    return replace(client, **changes) if changes else client
+
+
+def confine(device: torch.device, share: float) -> None:
+    """Bounds what this process may allocate on the device to a share of its memory."""
+    if device.type == "cuda" and 0 < share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def peak(device: torch.device, work: Callable[[], object]) -> int:
+    """Bytes that are allocated on a GPU while `work` runs, at most, beyond those that were before."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return int(torch.cuda.max_memory_allocated(device)) - before
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process may still allocate on a GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_allocated(device)
+    return int(min(own, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))
+
+
+def fitting(room: int, two: int, four: int) -> int:
+    """How many clients fit into `room` bytes, if two of them at once take `two` bytes and four of them `four`.
+
+    What a block takes is a constant, and so much for each client.
+    """
+    each = max(1.0, (four - two) / 2 if four > two else four / 4)
+    constant = max(0.0, two - 2 * each)
+    return max(1, int((SPARE * room - constant) / each))
