@@ -3,7 +3,6 @@
 import math
 import os
 import sys
-from collections.abc import Iterator
 
 import ray
 from ray import cloudpickle
@@ -57,12 +56,12 @@ def _times(resources: dict[str, float], name: str, each: float) -> float:
 def surroundings() -> dict[str, dict[str, str]]:
     """What a worker's process is given: it finds the modules that this one finds."""
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    return {"env_vars": {"PYTHONPATH": path}}
+    # With the second, cuBLAS gives the same bits every time; without a GPU nobody reads it.
+    return {"env_vars": {"PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
 
 
-def carry_plugins() -> Iterator[str]:
+def carry_plugins() -> None:
     """Has modules that were loaded from plug-in files travel by value: workers cannot import them."""
     for name, module in list(sys.modules.items()):
         if name.startswith("fedsim_plugin_"):
             cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
-            yield name

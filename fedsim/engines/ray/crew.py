@@ -1,6 +1,5 @@
 """Crew: worker processes that are replaced when they die, and what each of them is at."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,8 +8,6 @@ from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-
-logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0  # for a worker to come up
 AHEAD = 2  # pieces of work that a worker has been given: while it is at one, the next is on its way
@@ -42,6 +39,11 @@ class Lost(Exception):  # noqa: N818 - says what happened to the work
     reason: str
     hung: bool = False
 
+    @property
+    def told(self) -> str:
+        """What happened, as a sentence without its end."""
+        return f"a worker was ended: {self.reason}" if self.hung else f"a worker died: {self.reason.rstrip('.')}"
+
 
 class Crew(Generic[Work]):
     """A number of workers. Those that die are replaced as soon as that is known.
@@ -58,7 +60,10 @@ class Crew(Generic[Work]):
         up, down = ray.wait(born, num_returns=len(born), timeout=START_SECONDS)
         if down:
             raise RuntimeError(f"{len(down)} of {len(born)} workers did not start within {START_SECONDS:g} s")
-        ray.get(up)  # raises what went wrong when they were made
+        try:
+            ray.get(up)
+        except RayError as error:  # what went wrong when they were made is at the end of what it tells
+            raise RuntimeError(f"a worker could not be started: {str(error).strip().splitlines()[-1]}") from error
 
     def _member(self) -> Member[Work]:
         handle = self.hire()
@@ -135,7 +140,6 @@ class Crew(Generic[Work]):
 
     def _bury(self, member: Member[Work], waiting: deque[Work], why: Lost) -> tuple[Work, Lost]:
         """Puts a new process in the place of one that is dead or is to die; what it was not at yet is for others."""
-        logger.warning("a worker is replaced: %s", why.reason)
         ray.kill(member.handle, no_restart=True)
         self.members[self.members.index(member)] = self._member()
         work, *untouched = (work for work, _ in member.given)
