@@ -3,6 +3,7 @@
 Only sums travel, so the accuracy over all clients is that of their pooled examples, however unevenly these are spread.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,7 @@ class Evaluation(NamedTuple):
     confusion: Tensor | None  # (K, K), rows the truth, columns the prediction
     failed: dict[int, str]
     traffic: Traffic = Traffic()
+    incidents: Sequence[str] = ()
 
 
 def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evaluation:
@@ -86,7 +88,8 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evalua
     with np.errstate(divide="ignore", invalid="ignore"):
         clients = {name: values / examples for name, values in sums.items()}
     clients = {"client": np.array(replies.ids, dtype=np.float64), "examples": examples} | clients
-    return Evaluation(pooled, clients, replies.update.get("confusion"), replies.failed, replies.traffic)
+    confusion = replies.update.get("confusion")
+    return Evaluation(pooled, clients, confusion, replies.failed, replies.traffic, replies.incidents)
 
 
 def spread(evaluation: Evaluation) -> Metrics:

@@ -174,20 +174,25 @@ def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tra
         )
     metrics = own | step.metrics
     directory.record_failures(number, step.failed)
+    incidents = list(step.incidents)
     if plan.evaluate_every and (number % plan.evaluate_every == 0 or last):
         parts = {name: _evaluate(name, job, snapshot) for name in job.cohorts}
         for name, part in parts.items():
             metrics |= {f"{name}/{measure}": value for measure, value in part.pooled.items() if measure != "examples"}
             directory.record_failures(number, {ident: f"evaluating: {why}" for ident, why in part.failed.items()})
+            incidents += part.incidents
         if "clients" in parts:
             metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
             down, up = parts["clients"].traffic
             metrics |= {"evaluate/bytes_down": down, "evaluate/bytes_up": up}
         directory.save_evaluation(number, parts, job.assembly.federation.names.get("y", ()))
+    directory.record_incidents(number, incidents)
     directory.record(metrics)
     if number % plan.checkpoint_every == 0 or last:
         directory.save(snapshot, plan.keep_checkpoints)
     screen.show(metrics)
+    for told in incidents:
+        screen.warn(f"round {number}: {told}")
     if elsewhere is not None:
         elsewhere.log(metrics)
 
@@ -199,7 +204,8 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
     client = assembly.clients["evaluate"]
     cohorts: dict[str, tuple[Engine, Sequence[int]]] = {}
     if assembly.federation.test:
-        cohorts["test"] = (Sequential(assembly.federation.central(), {"evaluate": client}, plan.seed), [0])
+        central = assembly.federation.central()
+        cohorts["test"] = (Sequential(central, {"evaluate": client}, plan.seed, assembly.engine.device), [0])
     ids = np.flatnonzero(assembly.federation.sizes(client.split))
     if plan.evaluate_clients is not None and plan.evaluate_clients < len(ids):
         ids = np.sort(rng(plan.seed, "evaluate").choice(ids, plan.evaluate_clients, replace=False))

@@ -16,15 +16,20 @@ SHOWN = ("test/accuracy", "clients/accuracy", "train/loss")  # first, where ther
 
 
 class Display(AbstractContextManager["Display"], Protocol):
-    """Something that is told of every round."""
+    """Something that is told of every round, and of what went wrong in it."""
 
     def show(self, metrics: Metrics) -> None: ...  # noqa: D102
+
+    def warn(self, told: str) -> None: ...  # noqa: D102
 
 
 class Silent:
     """Shows nothing."""
 
     def show(self, metrics: Metrics) -> None:
+        """Nothing."""
+
+    def warn(self, told: str) -> None:
         """Nothing."""
 
     def __enter__(self) -> Self:
@@ -56,6 +61,10 @@ class Live(Silent):
         self.words.plain = f"  {told(self.latest)}"
         self.progress.update(self.bar, completed=int(metrics["round"]))
 
+    def warn(self, told: str) -> None:
+        """Writes it above the bar, where it stays."""
+        self.live.console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def __enter__(self) -> Self:
         self.live.start()
         return self
@@ -85,6 +94,10 @@ class Lines(Silent):
                 soft_wrap=True,
             )
             self.last = now
+
+    def warn(self, told: str) -> None:
+        """Writes it."""
+        self.console.print(f"{self.label}  {told}", highlight=False, markup=False, soft_wrap=True)
 
 
 def told(metrics: Metrics) -> str:

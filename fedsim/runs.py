@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def failures_file(self) -> Path:
-        """One JSON object a failed client and round."""
+        """One JSON object for each client that failed in a round; its "client" is null if none did."""
         return self.path / "failures.jsonl"
 
     def record(self, metrics: Mapping[str, float]) -> None:
@@ -99,6 +99,10 @@ class Run:
     def record_failures(self, round: int, failed: Mapping[int, str]) -> None:
         """Appends the clients that failed in a round."""
         append(self.failures_file, [{"round": round, "client": ident, "reason": why} for ident, why in failed.items()])
+
+    def record_incidents(self, round: int, incidents: Sequence[str]) -> None:
+        """Appends what else went wrong in a round, and was made good: it cost no client its reply."""
+        append(self.failures_file, [{"round": round, "client": None, "reason": told} for told in incidents])
 
     def metrics(self) -> list[Metrics]:
         """The rounds so far; NaN for what was not finite."""

@@ -1,7 +1,7 @@
 """The loop: a generator of rounds. Whoever runs it stops it, evaluates, saves and shows between two of them."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fedsim import tree
@@ -31,6 +31,7 @@ class Round(NamedTuple):
     failed: dict[int, str]  # client -> why it did not answer
     traffic: Traffic
     seconds: float
+    incidents: Sequence[str] = ()  # what else went wrong, and was made good
 
 
 class TooFewReplies(RuntimeError):  # noqa: N818 - says what happened
@@ -83,4 +84,5 @@ def rounds(
             failed,
             Traffic(replies.traffic.down + lost, replies.traffic.up),
             time.perf_counter() - start,
+            replies.incidents,
         )

@@ -1,24 +1,27 @@
-"""Clients that did not answer, by reason."""
+"""Clients that did not answer, by reason; and what else went wrong."""
 
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
 from fedsim.report.content import Fold, Section, Table
 from fedsim.report.drawing import short
 from fedsim.report.formats import count, several
-from fedsim.report.reading import Failure, RunRecord
+from fedsim.report.reading import Failure, Incident, RunRecord
 
 _GROUPS = 20
+Trouble = TypeVar("Trouble", Failure, Incident)
 
 
-def grouped(failures: tuple[Failure, ...]) -> list[list[Failure]]:
+def grouped(failures: Sequence[Trouble]) -> list[list[Trouble]]:
     """The failures by reason, the most frequent first; reasons that differ in numbers only are one."""
-    groups: dict[str, list[Failure]] = {}
+    groups: dict[str, list[Trouble]] = {}
     for failure in failures:
         groups.setdefault(re.sub(r"\d+(\.\d+)?", "#", headline(failure)), []).append(failure)
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def headline(failure: Failure) -> str:
+def headline(failure: Failure | Incident) -> str:
     """The last line of a reason: what a traceback ends in."""
     lines = failure.reason.strip().splitlines()
     return lines[-1].strip() if lines else "no reason given"
@@ -50,3 +53,17 @@ def failures(record: RunRecord) -> Section | None:
     note = f"{several(len(record.failures), 'time')} a client did not answer. "
     note += "Below the table: the full text of the first failure of each kind."
     return Section("Failures", note, tables=(table,), folds=tuple(texts))
+
+
+def incidents(record: RunRecord) -> Section | None:
+    """A table of what went wrong and was made good."""
+    if not record.incidents:
+        return None
+    groups = grouped(record.incidents)
+    rows = [
+        (short(headline(group[0]), 200), count(len(group)), count(min(incident.round for incident in group)))
+        for group in groups[:_GROUPS]
+    ]
+    table = Table("", ("what happened", "times", "first in round"), tuple(rows), words=(0,))
+    note = f"{several(len(record.incidents), 'time')} something went wrong that cost no client its reply."
+    return Section("Incidents", note, tables=(table,))

@@ -25,6 +25,13 @@ class Failure(NamedTuple):
     reason: str
 
 
+class Incident(NamedTuple):
+    """Something that went wrong and was made good: a worker that died, say."""
+
+    round: int
+    reason: str
+
+
 class Confusion(NamedTuple):
     """How often which class was taken for which."""
 
@@ -46,6 +53,7 @@ class RunRecord:
     evaluated: int | None  # the round of the last evaluation
     confusions: dict[str, Confusion]  # "test", "clients": of the last evaluation
     failures: tuple[Failure, ...]
+    incidents: tuple[Incident, ...]
 
     @property
     def name(self) -> str:
@@ -78,6 +86,7 @@ def read_run(path: str | Path) -> RunRecord:
     if not (path / "experiment.toml").is_file():
         raise FileNotFoundError(f"{path} is not the directory of a run: it has no experiment.toml")
     evaluation = _object(path / "evaluation.json")
+    troubles = list(_troubles(path / "failures.jsonl"))
     return RunRecord(
         path,
         _toml(path / "experiment.toml"),
@@ -86,7 +95,8 @@ def read_run(path: str | Path) -> RunRecord:
         clients=_columns(path / "clients.csv"),
         evaluated=int(evaluation["round"]) if "round" in evaluation else None,
         confusions=_confusions(path / "evaluation.json", evaluation),
-        failures=tuple(_failures(path / "failures.jsonl")),
+        failures=tuple(found for found in troubles if isinstance(found, Failure)),
+        incidents=tuple(found for found in troubles if isinstance(found, Incident)),
     )
 
 
@@ -210,8 +220,12 @@ def _confusions(path: Path, evaluation: dict[str, Any]) -> dict[str, Confusion]:
     return found
 
 
-def _failures(path: Path) -> Iterator[Failure]:
+def _troubles(path: Path) -> Iterator[Failure | Incident]:
     for number, line in _lines(path):
-        if not isinstance(line.get("client"), int):
-            raise ValueError(f"{path}, line {number}: client must be a whole number, got {line.get('client')!r}")
-        yield Failure(line["round"], line["client"], str(line.get("reason", "")))
+        client, reason = line.get("client", ""), str(line.get("reason", ""))
+        if client is None:
+            yield Incident(line["round"], reason)
+        elif isinstance(client, int):
+            yield Failure(line["round"], client, reason)
+        else:
+            raise ValueError(f"{path}, line {number}: client must be a whole number or null, got {client!r}")

@@ -6,7 +6,7 @@ from fedsim.report import figures
 from fedsim.report.clients import classes, over_clients
 from fedsim.report.configuration import configuration, surroundings
 from fedsim.report.content import Fact, Section, Table
-from fedsim.report.failures import failures
+from fedsim.report.failures import failures, incidents
 from fedsim.report.formats import NONE, amount, count, duration, measure, several
 from fedsim.report.measures import label, main, measured, outcome, total
 from fedsim.report.reading import RunRecord
@@ -24,6 +24,7 @@ def sections(record: RunRecord) -> list[Section]:
         traffic(record),
         time(record),
         failures(record),
+        incidents(record),
         configuration(record),
         surroundings(record),
     ]

@@ -278,17 +278,18 @@ import torch
 from ray.cluster_utils import Cluster
 import fedsim
 from fedsim.engines.ray import Ray
+from fedsim.progress import Silent
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 
-class LosesANode:
+warned = []
+
+class LosesANode(Silent):
     def __init__(self, *plan):
         pass
-    def __enter__(self):
-        return self
-    def __exit__(self, *error):
-        return None
+    def warn(self, told):
+        warned.append(told)
     def show(self, metrics):
         assert metrics["failed"] == 0
         if metrics["round"] == 2:
@@ -300,6 +301,9 @@ def engine(federation, clients, seed):
 there = fedsim.run("slow.toml", engine=engine, display=LosesANode)
 here = fedsim.run("slow.toml", changes=["engine={use='fedsim.engines.local:Sequential'}"])
 assert all(torch.equal(leaf, there.params[name]) for name, leaf in here.params.items())
+assert any("a worker died" in told and "was replaced" in told for told in warned), warned
+assert "a worker died" in (there.path / "failures.jsonl").read_text()
+assert "cost no client its reply" in (there.path / "report.html").read_text()
 print("the same, on", len([node for node in cluster.list_all_nodes() if node.all_processes]), "nodes")
 cluster.shutdown()
 """
