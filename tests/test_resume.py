@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import signal
@@ -118,11 +119,19 @@ def experiment(method: str) -> dict[str, Any]:
     }
 
 
+def ended(worker: Any) -> int:
+    """The exit code of a process, once it has ended."""
+    worker.join(60)
+    assert worker.exitcode is not None
+    return int(worker.exitcode)
+
+
 class Place:
     """A folder with an experiment, its plug-in, and the runs of it."""
 
     def __init__(self, folder: Path, method: str) -> None:
         self.folder, self.root = folder, folder / "runs"
+        folder.mkdir(exist_ok=True)
         (folder / "plugin.py").write_text(PLUGIN)
         (folder / "worker.py").write_text(WORKER)
         (folder / "experiment.toml").write_text(tomli_w.dumps(experiment(method)))
@@ -142,10 +151,7 @@ class Place:
 
     def go(self, death: Death | None = None, path: Path | None = None, moments: Path | None = None) -> int:
         """The exit code of such a process."""
-        worker = self.start(death, path, moments)
-        worker.join(60)
-        assert worker.exitcode is not None
-        return int(worker.exitcode)
+        return ended(self.start(death, path, moments))
 
     def run(self) -> Path:
         """The directory of the one run."""
@@ -198,7 +204,10 @@ def survives(place: Place, undisturbed: Undisturbed, deaths: Sequence[Death], co
         assert place.go(death, path) == code
         path = place.run()
     assert place.go(path=path) == 0
-    found = left(place.run())
+    assert_same(left(place.run()), undisturbed)
+
+
+def assert_same(found: dict[str, Any], undisturbed: Undisturbed) -> None:
     assert found.keys() == undisturbed.files.keys()
     for name, content in undisturbed.files.items():
         assert found[name] == content, name
@@ -275,10 +284,15 @@ def test_a_run_may_be_killed_at_any_file_that_it_opens_renames_or_removes(undist
     begun = undisturbed.moments.index("os.rename .experiment.toml.part") + 1
     places = [n for n, moment in enumerate(undisturbed.moments, 1) if n > begun and moment != "step"]
     assert len(places) > 20
-    for number in places:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        survives(Place(folder, method), undisturbed, [Death(kill_at=number)])
+    several = os.cpu_count() or 1  # at the same time
+    for start in range(0, len(places), several):
+        here = {number: Place(tmp_path / str(number), method) for number in places[start : start + several]}
+        killed = [place.start(Death(kill_at=number)) for number, place in here.items()]
+        assert [ended(worker) for worker in killed] == [-signal.SIGKILL] * len(here)
+        resumed = [place.start(path=place.run()) for place in here.values()]
+        assert [ended(worker) for worker in resumed] == [0] * len(here)
+        for place in here.values():
+            assert_same(left(place.run()), undisturbed)
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from fedsim.launch import resume, run
 from fedsim.trackers import TRACKERS, check, flat, track
 
 # MLflow's own tables ask SQLAlchemy, when they are first imported, for something that it will not have for ever.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
 
 EXPERIMENT = {
     "name": "tracked",

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date, time
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,12 @@ def find(use: Any, group: str, where: str, base: Path | None = None) -> Callable
 
 def names(group: str) -> dict[str, str]:
     """Short name -> "module:name" of the entry points of a group, ours and other people's."""
+    return dict(_declared(group, tuple(sys.path)))
+
+
+@cache
+def _declared(group: str, path: tuple[str, ...]) -> dict[str, str]:
+    """As `names`; looking for them on this path reads a file of every package that is installed."""
     return {entry.name: entry.value for entry in sorted(entry_points(group=group), key=lambda entry: entry.name)}
 
 

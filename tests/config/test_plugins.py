@@ -150,29 +150,49 @@ def test_a_long_value_is_shown_in_part():
     assert "1000002 characters" in shown("a" * 10**6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ({"__init__.py": ""}, "hides fedsim's own package 'strategies'"),  # the module is missing
-        ({"__init__.py": "", "fedavg.py": "class FedAvg: ..."}, "hides fedsim's own package 'strategies'"),
-        ({}, None),  # a folder that is no package hides nothing
-    ],
+HIDING = {
+    "an empty package": {"__init__.py": ""},  # the module is missing
+    "a package with the module": {"__init__.py": "", "fedavg.py": "class FedAvg: ..."},
+    "a folder that is no package": {},
+}
+FINDS = (
+    "from fedsim.config import find, ConfigError\n"
+    "try: print(find('fedavg', 'fedsim.strategies', 'strategy.use').__name__)\n"
+    "except ConfigError as error: print(error)\n"
 )
-def test_a_users_folder_that_hides_ours_is_named(content, told, tmp_path):
-    (tmp_path / "strategies").mkdir()
-    for name, text in content.items():
-        (tmp_path / "strategies" / name).write_text(text)
-    program = (
-        "from fedsim.config import find, ConfigError\n"
-        "try: print(find('fedavg', 'fedsim.strategies', 'strategy.use').__name__)\n"
-        "except ConfigError as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (told or "FedAvg") in done.stdout
-    if told:
-        assert str(tmp_path / "strategies") in done.stdout
-        assert "rename it, or start fedsim from another folder" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What is found in processes that are started where there is a folder named strategies: (the folder, what is said).
+
+    They work at the same time: each imports fedsim anew.
+    """
+    folders = {kind: tmp_path_factory.mktemp("hiding") / "strategies" for kind in HIDING}
+    started = {}
+    for kind, folder in folders.items():
+        folder.mkdir()
+        for name, text in HIDING[kind].items():
+            (folder / name).write_text(text)
+        command = [sys.executable, "-c", FINDS]
+        started[kind] = subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, text=True)
+    said = {kind: process.communicate()[0] for kind, process in started.items()}
+    assert [process.returncode for process in started.values()] == [0] * len(HIDING)
+    return {kind: (folder, said[kind]) for kind, folder in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["an empty package", "a package with the module"])
+def test_a_users_folder_that_hides_ours_is_named(found, kind):
+    folder, said = found[kind]
+    assert "hides fedsim's own package 'strategies'" in said
+    assert str(folder) in said
+    assert "rename it, or start fedsim from another folder" in said
+
+
+@pytest.mark.slow
+def test_a_users_folder_that_is_no_package_hides_nothing(found):
+    assert found["a folder that is no package"][1] == "FedAvg\n"
 
 
 def test_a_file_may_import_its_neighbour_which_hides_nothing(tmp_path):

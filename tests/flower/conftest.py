@@ -20,12 +20,14 @@ import pytest
 
 BIN = Path(sys.executable).parent
 QUICKSTART = Path(__file__).parent / "quickstart"
+HASTY_NODE = Path(__file__).parent / "hasty_node.py"
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "NO_COLOR": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # in seconds: how soon work that has come is begun
 }
 
 
@@ -136,7 +138,7 @@ class Simulation:
 
     def run(self, app: Path, nodes: int, **config: Any) -> str:
         """Runs an app; gives what was said."""
-        size = f"num-supernodes={nodes} client-resources-num-cpus=1"
+        size = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"  # one worker starts faster
         command = ("flwr", "run", app, "local", "--stream", "--federation-config", size, "--run-config", toml(config))
         return self.programs.ask(*command)
 
@@ -191,7 +193,8 @@ class Deployment:
             subprocess.run(("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", key), check=True)
             if registered:
                 self.programs.ask("flwr", "supernode", "register", f"{key}.pub", "dep")
-        command = ("flower-supernode", "--superlink", self.address, "--root-certificates", self.folder / "ca.pem")
+        command = (sys.executable, HASTY_NODE, "--superlink", self.address)
+        command += ("--root-certificates", self.folder / "ca.pem")
         command += ("--auth-supernode-private-key", key, "--port", free_ports(1)[0], *self.secure)
         config = toml({"partition-id": part, "num-partitions": parts})
         return self.programs.start(name, *command, "--node-config", config)
@@ -207,6 +210,8 @@ class Deployment:
         if running != self.nodes.keys():  # for a while, the SuperLink refuses who takes the place of the dead
             wait_for(lambda: self.online() == len(running), "the SuperLink knows which nodes are gone")
         names = [f"node-{part}" for part in range(count)]
+        if running == {*names}:
+            return names
         for part, name in enumerate(names):
             if name not in running:
                 self.nodes[name] = self.start(name, part, count)
@@ -243,7 +248,7 @@ def programs() -> Iterator[Programs]:
         started.end()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def simulation() -> Iterator[Simulation]:
     """Flower's own simulation."""
     with programs() as started:

@@ -412,6 +412,7 @@ def test_what_a_server_raises_reaches_who_called(error):
 def test_a_server_that_waits_for_nodes_that_never_come_is_told_so(monkeypatch):
     monkeypatch.setattr("fedsim.flower.grid.PATIENCE_CALLS", 3)
     monkeypatch.setattr("fedsim.flower.grid.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda seconds: None)
 
     def main(grid, context):
         FlowersFedAvg(min_available_nodes=9).start(grid, ArrayRecord([np.zeros(1)]), num_rounds=1)

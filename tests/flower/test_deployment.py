@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -12,7 +13,8 @@ import fedsim
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "experiments/fedavg/digits.toml"
 NODES = 2
-CHANGES = ["rounds=2", "evaluate_every=2"]
+KILLED_AFTER = 2  # rounds
+CHANGES = [f"rounds={KILLED_AFTER}", f"evaluate_every={KILLED_AFTER}"]
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +45,31 @@ def nodes(deployment):
     return deployment.ensure(NODES)
 
 
+class Bereft(NamedTuple):
+    """What a run leaves behind that lost a node on its way, and what was said."""
+
+    lines: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+    report: Path
+    nodes: list[str]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def bereft(deployment, poll, project, tmp_path_factory):
+    """A run of which one of two nodes is killed after some rounds, and which then takes two more without it."""
+    nodes, out = deployment.ensure(NODES), tmp_path_factory.mktemp("bereft")
+
+    def kill_one(run):
+        poll(lambda: run.poll() is not None or len(lines(out)) == KILLED_AFTER, "end of the last whole round", 300)
+        deployment.programs.kill(nodes[1])
+
+    changes = f"rounds={KILLED_AFTER + 2};evaluate_every={KILLED_AFTER}"
+    said = deployment.run(project, kill_one, experiment=EXPERIMENT, set=changes, out=str(out))
+    (path,) = out.glob("*/*")
+    return Bereft(lines(out), lines(out, "failures.jsonl"), path / "report" / "index.html", nodes, said)
+
+
 def lines(out, name="metrics.jsonl"):
     """The lines of a file of the one run that was written there."""
     files = list(Path(out).glob(f"*/*/{name}"))
@@ -65,14 +92,6 @@ def test_all_that_the_project_needs_travels_to_the_nodes(simulation, project):
     assert needed - travels == {"fedsim/py.typed"}  # which only type checkers look for
 
 
-def test_two_nodes_over_tls_give_the_metrics_of_one_process(deployment, nodes, project, expected, tmp_path):
-    said = deployment.run(project, experiment=EXPERIMENT, set=";".join(CHANGES), out=str(tmp_path))
-    assert numbers(lines(tmp_path)) == pytest.approx(numbers(expected), rel=1e-5), said
-    assert list(tmp_path.glob("*/*/report/index.html"))
-    for name in nodes:  # each of them had the project, so did some of the work
-        assert list((deployment.folder / name / "apps").iterdir())
-
-
 def test_the_link_speaks_tls_alone_and_is_known_by_its_authority(deployment):
     assert deployment.answers()
     assert not deployment.answers(scheme="http")
@@ -86,23 +105,27 @@ def test_a_node_whose_key_nobody_registered_is_refused(deployment, nodes):
     assert deployment.online() == len(nodes)
 
 
+def test_two_nodes_over_tls_give_the_metrics_of_one_process(deployment, bereft, expected):
+    assert numbers(bereft.lines[: len(expected)]) == pytest.approx(numbers(expected), rel=1e-5), bereft.said
+    for name in bereft.nodes:  # each of them had the project, so did some of the work
+        assert list((deployment.folder / name / "apps").iterdir())
+
+
+def test_a_node_that_is_killed_costs_its_clients_and_not_the_run(bereft):
+    *before, last, first, second = bereft.lines
+    assert [line["failed"] for line in (*before, last)] == [0] * KILLED_AFTER
+    assert [line["round"] for line in (first, second)] == [KILLED_AFTER + 1, KILLED_AFTER + 2], bereft.said
+    for line in (first, second):  # of two nodes, that with partition-id 1 has the clients with odd numbers
+        found = [failure for failure in bereft.failures if failure["round"] == line["round"]]
+        assert {failure["client"] % NODES for failure in found} == {1}
+        lost = [failure for failure in found if not failure["reason"].startswith("evaluating: ")]
+        assert line["failed"] == len(lost) > 0
+        assert line["clients"] == last["clients"] - len(lost) > 0
+    assert "clients/accuracy" in second  # of those that are left
+    assert bereft.report.is_file()
+
+
 def test_flowers_simulation_gives_the_metrics_of_one_process(simulation, project, expected, tmp_path):
     said = simulation.run(project, 4, experiment=EXPERIMENT, set=";".join(CHANGES), out=str(tmp_path))
     assert numbers(lines(tmp_path)) == pytest.approx(numbers(expected), rel=1e-5), said
-
-
-def test_a_node_that_is_killed_costs_its_clients_and_not_the_run(deployment, nodes, poll, project, tmp_path):
-    def kill_one(run):
-        poll(lambda: run.poll() is not None or lines(tmp_path), "end of the first round", 300)
-        deployment.programs.kill(nodes[1])
-
-    said = deployment.run(project, kill_one, experiment=EXPERIMENT, set="rounds=3;evaluate_every=0", out=str(tmp_path))
-    first, *later = lines(tmp_path)
-    assert [line["round"] for line in later] == [2, 3], said
-    assert first["failed"] == 0
-    failures = lines(tmp_path, "failures.jsonl")
-    for line in later:  # of two nodes, that with partition-id 1 has the clients with odd numbers
-        lost = [failure["client"] for failure in failures if failure["round"] == line["round"]]
-        assert lost and {client % NODES for client in lost} == {1}
-        assert line["failed"] == len(lost)
-        assert line["clients"] == first["clients"] - len(lost) > 0
+    assert list(tmp_path.glob("*/*/report/index.html"))

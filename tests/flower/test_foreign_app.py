@@ -2,12 +2,14 @@
 
 import importlib
 import json
-import subprocess
 import sys
 import tomllib
 
 import pytest
 from flwr.clientapp import ClientApp
+from typer.testing import CliRunner
+
+from fedsim import cli
 
 NODES = 4
 PARTS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -94,12 +96,14 @@ def test_other_local_work_would_have_been_noticed(simulated, play):
 
 
 @pytest.mark.slow
-def test_the_command_line_runs_the_app_in_its_folder(simulated, quickstart, tmp_path):
+def test_the_command_line_runs_the_app_in_its_folder(simulated, quickstart, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "result.json"
-    command = [sys.executable, "-m", "fedsim", "run", "--flower-app", quickstart, "--num-nodes", str(NODES)]
+    command = ["run", "--flower-app", str(quickstart), "--num-nodes", str(NODES)]
     command += ["--set", f"result-path={path}", "--set", f"min-available-nodes={NODES}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
     assert named(json.loads(path.read_text())) == pytest.approx(named(simulated), rel=1e-5)
 
 
