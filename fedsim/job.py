@@ -11,13 +11,11 @@ import numpy as np
 
 from fedsim.config import Assembly, ConfigError, Experiment
 from fedsim.engines.engine import Engine
-from fedsim.engines.local import Sequential
 from fedsim.evaluation import Evaluation, evaluate, spread
 from fedsim.foreign import Foreign
 from fedsim.progress import Display, Silent
 from fedsim.randomness import rng
 from fedsim.ranges import Count, Natural, check_fields
-from fedsim.report import write_report
 from fedsim.runs import Run
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.task import Cohort, Metrics, Params
@@ -135,9 +133,12 @@ def _drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None,
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, TooFewReplies):
                 directory.record_failures(error.round, error.failed)
+                directory.record_incidents(error.round, error.incidents)
                 directory.save(snapshot, plan.keep_checkpoints)
             error.add_note(_whereabouts(error, directory.path))
             raise
+    from fedsim.report import write_report  # only here: it draws, and a worker, which never does, starts sooner
+
     write_report(directory.path)
     return Result(directory.metrics(), parts.strategy.params(snapshot.state), directory.path)
 
@@ -205,7 +206,7 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
     cohorts: dict[str, tuple[Engine, Sequence[int]]] = {}
     if assembly.federation.test:
         central = assembly.federation.central()
-        cohorts["test"] = (Sequential(central, {"evaluate": client}, plan.seed, assembly.engine.device), [0])
+        cohorts["test"] = (assembly.engine.beside(central, {"evaluate": client}, plan.seed), range(central.num_clients))
     ids = np.flatnonzero(assembly.federation.sizes(client.split))
     if plan.evaluate_clients is not None and plan.evaluate_clients < len(ids):
         ids = np.sort(rng(plan.seed, "evaluate").choice(ids, plan.evaluate_clients, replace=False))
@@ -222,8 +223,8 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
 def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:
     engine, ids = job.cohorts[name]
     shared = job.assembly.strategy.shared(snapshot.state)
-    personal = snapshot.personal.gather(ids) if name == "clients" else snapshot.personal.newcomer()
+    personal = snapshot.personal.gather(ids) if name == "clients" else snapshot.personal.newcomers(len(ids))
     found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round)
-    if len(found.failed) == len(ids):
+    if len(found.failed) == len(ids) or (found.failed and name == "test"):  # of which a part says nothing
         raise RuntimeError(f"round {snapshot.round}: evaluation failed: {next(iter(found.failed.values()))}")
     return found

@@ -38,9 +38,9 @@ class Personal:
             kept = made | kept
         return kept
 
-    def newcomer(self) -> Tree:
-        """What somebody who is none of the N clients would have, leaves (1, ...)."""
-        return tree.stack([self.first(len(self._slot))]) if self._makers else {}
+    def newcomers(self, count: int) -> Tree:
+        """What somebody who is none of the N clients would have, so many times, leaves (count, ...)."""
+        return tree.stack([self.first(len(self._slot))] * count) if self._makers else {}
 
     def gather(self, ids: Sequence[int]) -> Tree:
         """What these clients keep, leaves (C, ...)."""

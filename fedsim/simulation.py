@@ -10,7 +10,7 @@ from fedsim.engines.engine import Engine
 from fedsim.method import averages, step
 from fedsim.personal import Personal
 from fedsim.strategy import Strategy
-from fedsim.task import Cohort, Draw, Metrics, Params, Sampler, Traffic
+from fedsim.task import Cohort, Draw, Metrics, Params, Replies, Sampler, Traffic
 from fedsim.tree import Tree
 
 
@@ -37,11 +37,12 @@ class Round(NamedTuple):
 class TooFewReplies(RuntimeError):  # noqa: N818 - says what happened
     """Fewer clients answered than the experiment asks for."""
 
-    def __init__(self, round: int, asked: int, replies: int, wanted: int, failed: dict[int, str]) -> None:
+    def __init__(self, round: int, asked: int, wanted: int, replies: Replies, failed: dict[int, str]) -> None:
         reasons = sorted({reason.strip().splitlines()[-1] for reason in failed.values()})
         because = f"; the others: {'; '.join(reasons[:3])}" if reasons else ""
-        super().__init__(f"round {round}: {replies} of {asked} clients answered, min_replies is {wanted}{because}")
-        self.round, self.failed = round, failed
+        answered = f"{len(replies.ids)} of {asked} clients answered"
+        super().__init__(f"round {round}: {answered}, min_replies is {wanted}{because}")
+        self.round, self.failed, self.incidents = round, failed, replies.incidents
 
 
 def begin(
@@ -72,7 +73,7 @@ def rounds(
         failed = replies.failed | dict.fromkeys(draw.dropped, "dropped out")
         asked = len(draw.ids) + len(draw.dropped)
         if len(replies.ids) < min_replies:
-            raise TooFewReplies(number, asked, len(replies.ids), min_replies, failed)
+            raise TooFewReplies(number, asked, min_replies, replies, failed)
         state, metrics = step(strategy, state, task, replies) if replies.ids else (state, {})
         personal.scatter(replies.ids, replies.personal)
         means = {f"{task.action}/{name}": value for name, value in averages(replies).items()}

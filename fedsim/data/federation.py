@@ -92,12 +92,12 @@ class Federation:
         device = next((column.device for column in padded.values()), torch.device("cpu"))
         return padded | {"mask": torch.from_numpy(mask).to(device)}
 
-    def central(self) -> "Federation":
-        """The common test set as a federation of one client, whose test part it is."""
+    def central(self, each: int = 1024) -> "Federation":
+        """The common test set as a federation of clients with `each` examples at most, whose test parts they are."""
         size = len(next(iter(self.test.values()))) if self.test else 0
-        return Federation(
-            self.test, np.arange(size), np.array([[0, 0, 0, size]]), names=self.names, name=f"{self.name} (test set)"
-        )
+        start = np.arange(0, max(size, 1), each)
+        bounds = np.stack([start, start, start, np.minimum(start + each, size)], axis=1)
+        return Federation(self.test, np.arange(size), bounds, names=self.names, name=f"{self.name} (test set)")
 
 
 @checked

@@ -47,6 +47,12 @@ class Engine(ABC):
                 answer = error
             yield answer
 
+    def beside(self, federation: Federation, clients: Mapping[str, Client], seed: int) -> "Engine":
+        """An engine for other clients on other data, with what this one has; here, one by one where this one is."""
+        from fedsim.engines.sequential import Sequential  # which is an Engine itself
+
+        return Sequential(federation, clients, seed, self.device)
+
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Gives back whatever the engine holds."""
 

@@ -206,6 +206,13 @@ def test_the_common_test_set_is_a_client_of_its_own():
     assert all(torch.equal(examples[name], column) for name, column in dataset().test.items())
 
 
+def test_a_large_common_test_set_falls_into_several_clients():
+    central = divide(dataset(), partition()).central(each=2)
+    assert central.sizes("test").tolist() == [2, 1]
+    together = [central.examples(client, "test")["y"] for client in (0, 1)]
+    assert torch.equal(torch.cat(together), dataset().test["y"])
+
+
 def test_without_a_common_test_set_it_has_no_examples():
     federation = Federation(dataset().columns, np.arange(3), np.array([[0, 3, 3, 3]]))
     assert federation.central().sizes("test").tolist() == [0]

@@ -6,18 +6,26 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import flwr
+import numpy as np
 import pytest
 import ray
 import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
 import fedsim
+import fedsim.flower
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from fedsim import Cohort, Sequential, Task, Vectorised, begin, rounds
 from fedsim.engines.ray import Ray
 from fedsim.engines.ray.carry import freeze, thaw
+from fedsim.evaluation import Evaluate
 from fedsim.sampling import uniform
 from fedsim.tree import Rows, flatten
 from strategies.fedavg import FedAvg
@@ -56,9 +64,11 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(leaf, other[name]) for name, leaf in one.items())
 
 
-@pytest.mark.parametrize("inner", [Sequential, Vectorised])
-@pytest.mark.parametrize("method", ["fedavg", "scaffold", "stack"])
-def test_any_number_of_workers_gives_the_bits_of_the_inner_engine(classification, inner, method):
+@pytest.mark.parametrize(
+    ("method", "inner"),
+    [("fedavg", Sequential), ("scaffold", Sequential), ("stack", Sequential), ("scaffold", Vectorised)],
+)
+def test_any_number_of_workers_gives_the_bits_of_the_inner_engine(classification, method, inner):
     model, federation = classification(SIZES)
     strategy = {"fedavg": FedAvg(), "scaffold": Scaffold(num_clients=8), "stack": Stacking()}[method]
     make = ControlledSgd if method == "scaffold" else Sgd
@@ -163,10 +173,12 @@ def test_tensors_arrive_as_they_were(copy):
     leaves = {
         "a": torch.randn(3, 2).to(torch.bfloat16),
         "b": {"c": torch.tensor(True), "d": torch.zeros(0, 3, dtype=torch.int64)},
+        "bare": {"twig": {}},
         "rows": Rows(torch.tensor([1, -1]), torch.randn(2, 3), 7),
     }
     found = thaw(ray.get(ray.put(freeze(leaves))), copy)
     assert same(flatten(leaves), flatten(found))
+    assert found["bare"] == {"twig": {}} and thaw(freeze({})) == {}
     assert all(leaf.dtype == flatten(found)[name].dtype for name, leaf in flatten(leaves).items())
 
 
@@ -197,22 +209,33 @@ use = "fedsim.engines.ray:Ray"
 workers = 2
 """
 PLUGIN = """
-import time
 from dataclasses import dataclass
 from clients.scaffold import ControlledSgd
+import pausing
 
 @dataclass(frozen=True)
 class Slow(ControlledSgd):
     def prepare(self, examples, rng):
-        time.sleep(0.02)
+        pausing.pause()
         return examples
 """
+BESIDE = """
+import time
+
+def pause():
+    time.sleep(0.02)
+"""
+
+
+def write(folder):
+    """An experiment, a plug-in, and what that imports; both reach the workers by value."""
+    for name, text in {"slow.toml": EXPERIMENT, "plugin.py": PLUGIN, "pausing.py": BESIDE}.items():
+        (folder / name).write_text(text)
 
 
 def test_a_driver_killed_and_resumed_ends_with_the_bits_of_the_run_in_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plugin.py").write_text(PLUGIN)  # it reaches the workers by value
-    (tmp_path / "slow.toml").write_text(EXPERIMENT)
+    write(tmp_path)
     code = "import fedsim; fedsim.run('slow.toml')"
     driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "runs" / "scaffold"
@@ -303,15 +326,161 @@ here = fedsim.run("slow.toml", changes=["engine={use='fedsim.engines.local:Seque
 assert all(torch.equal(leaf, there.params[name]) for name, leaf in here.params.items())
 assert any("a worker died" in told and "was replaced" in told for told in warned), warned
 assert "a worker died" in (there.path / "failures.jsonl").read_text()
-assert "cost no client its reply" in (there.path / "report.html").read_text()
+assert "cost no client its reply" in (there.path / "report" / "index.html").read_text()
 print("the same, on", len([node for node in cluster.list_all_nodes() if node.all_processes]), "nodes")
 cluster.shutdown()
 """
 
 
 def test_losing_one_of_two_nodes_in_the_middle_of_a_round_changes_nothing(tmp_path):
-    (tmp_path / "plugin.py").write_text(PLUGIN)
-    (tmp_path / "slow.toml").write_text(EXPERIMENT)
+    write(tmp_path)
     run = [sys.executable, "-c", TWO_NODES]
     ran = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert "the same, on 2 nodes" in ran.stdout, ran.stderr[-3000:]  # the head, and the one that is left
+
+
+def meet(shared, item):
+    """Notes how many are here at once; leaves when as many have come as are to meet."""
+    folder, wanted = shared
+    (folder / f"here-{item}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("met-*"))) < wanted and time.monotonic() < deadline:
+        here = len(list(folder.glob("here-*")))
+        if here >= wanted:
+            (folder / f"met-{item}").touch()
+        time.sleep(0.01)
+    most = len(list(folder.glob("here-*")))
+    time.sleep(0.05)
+    (folder / f"here-{item}").unlink()
+    return most
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_run_at_once_as_there_are_workers(classification, tmp_path, workers):
+    _, federation = classification(SIZES)
+    with Ray(federation, {}, 3, workers=workers, cpus=0.5) as engine:
+        found = list(engine.map(meet, (tmp_path, workers), range(9)))
+    assert max(found) == workers
+
+
+def test_two_tasks_of_one_round_are_told_apart(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1)}
+    other = {name: leaf + 1 for name, leaf in model.params.items()}
+    with Ray(federation, clients, 3, workers=1) as engine:
+        for params in (model.params, other, model.params):
+            task = Task("train", {"params": params}, reduce="mean")
+            there, here = (each.execute(task, Cohort([1, 2])) for each in (engine, Vectorised(federation, clients, 3)))
+            assert same(flatten(there.update), flatten(here.update))
+
+
+def test_other_data_is_worked_on_by_the_same_workers(classification):
+    model, federation = classification(SIZES)
+    _, other = classification((700, 700, 3))
+    client = Evaluate(model=model, num_classes=3, part="train")
+    task = Task("evaluate", {"params": model.params}, round=1, reduce="sum")
+    with Ray(federation, {"train": Sgd(model=model, lr=0.1)}, 3, workers=2, cpus=0.5) as engine:
+        beside = engine.beside(other, {"evaluate": client}, 3)
+        found = beside.execute(task, Cohort([0, 1, 2]))
+        train = Task("train", {"params": model.params}, round=1, reduce="mean")
+        assert len(engine.execute(train, Cohort(list(range(8)))).ids) == 8
+        again = beside.execute(task, Cohort([0, 1, 2]))
+    here = Sequential(other, {"evaluate": client}, 3).execute(task, Cohort([0, 1, 2]))
+    for there in (found, again):
+        assert same(flatten(there.update | there.metrics), flatten(here.update | here.metrics))
+    assert int(here.metrics["examples"].sum()) == 1403
+
+
+def test_what_a_worker_did_not_do_is_told(classification):
+    model, federation = classification(SIZES)
+    task = Task("train", {"params": model.params}, round=1, reduce="mean")
+    with Ray(federation, {"train": Sgd(model=model, lr=0.1)}, 3, workers=1, inner="sequential") as engine:
+        assert not engine.execute(task, Cohort(list(range(8)))).incidents
+        os.kill(ray.get(engine.crew.members[0].handle.ready.remote()), signal.SIGKILL)
+        found = engine.execute(task, Cohort(list(range(8))))
+    assert len(found.ids) == 8 and not found.failed
+    assert len(found.incidents) == 1 and "a worker died" in found.incidents[0] and "replaced" in found.incidents[0]
+
+
+def test_a_worker_without_the_gpu_that_it_is_to_have_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    code = (
+        "import ray, torch\n"
+        "from fedsim.engines.ray import Ray\n"
+        "from fedsim.testing import ragged\n"
+        "ray.init(address='local', num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "with Ray(ragged({'x': torch.ones(70)}), {}, workers=2, gpus=0.5, cpus=0.5) as engine:\n"
+        "    try:\n"
+        "        engine.start()\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)\n"
+        "assert ray.is_initialized()\n"  # it was not the engine's
+        "ray.shutdown()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert "a worker could not be started: ValueError: device = 'cuda': torch" in ran.stdout, ran.stderr[-2000:]
+
+
+def held():
+    """Resident memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_many_runs_in_one_process_leave_nothing_behind(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1)}
+    params = {"params": model.params, "ballast": torch.zeros(2**20)}  # 4 MiB that every run puts
+    sizes = []
+    for _ in range(6):
+        with Ray(federation, clients, 3, workers=1, cpus=0.5) as engine:
+            for number in (1, 2):
+                engine.execute(Task("train", params, round=number, reduce="mean"), Cohort(list(range(8))))
+        deadline = time.monotonic() + 20
+        while ray.available_resources().get("CPU") != 8 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources()["CPU"] == 8  # no worker is left
+        sizes.append(held())
+    assert sizes[-1] - sizes[1] < 2 * 2**22  # less than one of the four runs had put
+
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    arrays = message.content["arrays"]
+    number = context.node_config["partition-id"]
+    moved = ArrayRecord([array.numpy() + number for array in arrays.values()])
+    metrics = MetricRecord({"num-examples": 1 + number, "process": os.getpid()})
+    return Message(RecordDict({"arrays": moved, "metrics": metrics}), reply_to=message)
+
+
+def test_a_flower_app_runs_on_workers_with_the_same_bits():
+    processes = set()
+
+    def note(replies, weighted_by):
+        processes.update(int(reply["metrics"]["process"]) for reply in replies)
+        return MetricRecord({"replies": len(replies)})
+
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        strategy = flwr.serverapp.strategy.FedAvg(fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=note)
+        arrays = ArrayRecord([np.zeros(5, dtype=np.float32)])
+        result = strategy.start(grid, initial_arrays=arrays, num_rounds=3)
+        context.state["arrays"] = result.arrays
+
+    def model(**settings):
+        outcome = fedsim.flower.run(server, app, num_nodes=10, seed=3, **settings)
+        assert not outcome.failed
+        return outcome.context.state["arrays"].to_numpy_ndarrays()[0]
+
+    here = model()
+    assert processes == {os.getpid()}
+    processes.clear()
+    assert np.array_equal(here, model(engine=partial(Ray, workers=2, cpus=0.5)))
+    assert len(processes) == 2 and os.getpid() not in processes
+    assert here.any()

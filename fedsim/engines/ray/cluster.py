@@ -3,9 +3,13 @@
 import math
 import os
 import sys
+from pathlib import Path
 
 import ray
 from ray import cloudpickle
+
+PLUGIN = "fedsim_plugin_"  # what names of modules begin with that were loaded from plug-in files
+OURS = ("fedsim", "strategies", "clients")
 
 
 def attach(address: str | None, cpus: float) -> bool:
@@ -61,7 +65,19 @@ def surroundings() -> dict[str, dict[str, str]]:
 
 
 def carry_plugins() -> None:
-    """Has modules that were loaded from plug-in files travel by value: workers cannot import them."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fedsim_plugin_"):
-            cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    """Has modules that were loaded from plug-in files travel by value, and those that lie beside them.
+
+    Workers cannot import them, at least not on another machine.
+    """
+    modules = list(sys.modules.items())
+    files = {name: Path(file) for name, module in modules if (file := getattr(module, "__file__", None))}
+    folders = {file.parent for name, file in files.items() if name.startswith(PLUGIN)}
+    for name, file in files.items():
+        beside = any(folder in file.parents for folder in folders) and not _installed(name, file)
+        if name.startswith(PLUGIN) or beside:
+            cloudpickle.register_pickle_by_value(sys.modules[name])  # type: ignore[no-untyped-call]
+
+
+def _installed(name: str, file: Path) -> bool:
+    """Whether a module is there wherever fedsim is."""
+    return name.split(".")[0] in OURS or Path(sys.prefix) in file.parents or "site-packages" in file.parts

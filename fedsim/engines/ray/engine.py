@@ -7,33 +7,23 @@ of them meanwhile.
 """
 
 import logging
-import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import ray
-from ray import ObjectRef
 
-from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation
-from fedsim.engines.engine import Answer, Engine, Item, Local, Shared, client_for, pick
-from fedsim.engines.gathering import Gathering, Part
+from fedsim.engines.engine import Answer, Engine, Item, Shared
 from fedsim.engines.local import Sequential, Vectorised, kind
-from fedsim.engines.ray.carry import Frozen, freeze, thaw_part
 from fedsim.engines.ray.cluster import attach, carry_plugins, check_room, surroundings
 from fedsim.engines.ray.crew import Crew, Lost
-from fedsim.engines.ray.placing import Line, Pace, Piece
-from fedsim.engines.ray.worker import Assignment, Outcome, Tables, Worker
+from fedsim.engines.ray.side import Policy, Side
+from fedsim.engines.ray.worker import Worker
 from fedsim.ranges import Count, Natural, NonNegative, Positive, check_fields
-from fedsim.task import Cohort, Replies, Reply, Task
-
-# A cohort is cut into so many blocks at least where workers have GPUs: a block as large as memory allows would leave
-# other GPUs without work.
-GPU_BLOCKS = 8
+from fedsim.task import Cohort, Replies, Task
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +64,22 @@ class Ray(Engine):
         check_fields(self)
         if self.block is not None and self.inner != "vectorised":
             raise ValueError(f'block = {self.block} needs inner = "vectorised", got {self.inner!r}')
-        names = {"sequential": Sequential, "vectorised": Vectorised}
-        self.kind = names.get(self.inner) or kind(self.clients, "cuda" if self.gpus else "cpu")
-        self.settings = {} if self.block is None else {"block": self.block}
-        # Cuts cohorts into blocks, and runs none of them: so it may stay on the CPU.
-        self.local: Local = self.kind(self.federation, self.clients, self.seed, **self.settings)
         self.crew: Crew[Any] | None = None
         self.owner = False  # of the connection to the cluster, and of the cluster if it has no address
-        self.pace = Pace(self.federation, self.clients)
-        self.number = 0  # of tasks so far
+        names: dict[str, type[Sequential] | type[Vectorised]] = {"sequential": Sequential, "vectorised": Vectorised}
+        inner = names.get(self.inner) or kind(self.clients, "cuda" if self.gpus else "cpu")
+        local = inner(self.federation, self.clients, self.seed)
+        self.sides: list[Side] = []
+        self.main = self._side(local, self.block)
+
+    def _side(self, local: Sequential | Vectorised, block: int | None = None) -> Side:
+        policy = Policy(self.workers, self.gpus, self.deadline, self.retries)
+        self.sides.append(Side(len(self.sides), local, block, policy, self.start))
+        return self.sides[-1]
 
     def __repr__(self) -> str:
         share = f", gpus={self.gpus:g}" if self.gpus else ""
-        return f"Ray({self.local!r}, workers={self.workers}{share})"
+        return f"Ray({self.main.local!r}, workers={self.workers}{share})"
 
     def start(self) -> Crew[Any]:
         """The workers; they are started when they are first needed."""
@@ -95,16 +88,14 @@ class Ray(Engine):
         self.owner = attach(self.address, self.workers * self.cpus)
         check_room(self.workers, self.cpus, self.gpus)
         carry_plugins()
-        part = self.federation
-        tables = Tables(freeze(dict(part.columns)), Federation({}, part.rows, part.bounds, {}, part.names, part.name))
-        given = [ray.put(tables), ray.put(dict(self.clients))]
         actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, runtime_env=surroundings())(Worker)
-        inner = partial(self.kind, **self.settings)
-        self.crew = Crew(lambda: actor.remote(inner, *given, self.seed, self.threads, self.gpus), self.workers)
+        self.crew = Crew(lambda: actor.remote(self.threads, self.gpus), self.workers)
         return self.crew
 
     def close(self) -> None:
         """Ends the workers, the connection if it is this engine's own, and with it the cluster if it is on its own."""
+        for side in self.sides:
+            side.given = None
         if self.crew is not None:
             self.crew.dismiss()
             self.crew = None
@@ -114,85 +105,11 @@ class Ray(Engine):
 
     def execute(self, task: Task, cohort: Cohort) -> Replies:
         """What the clients of the cohort answer to the task."""
-        client = client_for(task, self.clients)
-        gathering = Gathering(type(client).__name__, task, cohort, {})
-        self.start()  # before anything is put, or Ray would start, or join, a cluster of its own choice
-        self.number += 1
-        shared = ray.put(freeze(task.shared))
-        blocks = list(self._blocks(task, cohort, shared))
-        # A worker that hangs is to be found out soon, so what it is given then is as little as possible.
-        among = math.inf if self.deadline else self.workers
-        line = Line(task, cohort, blocks, self.pace.expect(task.action, cohort.ids), among)
-        for piece, parts in self._parts(task, cohort, shared, line, gathering.incidents):
-            for part in line.note(piece, parts):
-                if part.fits and isinstance(self.local, Vectorised):
-                    self.local.limit(task.action, part.fits)
-                gathering.take(part)
-        return _kept(gathering)
+        return self.main.execute(task, cohort)
 
-    def _blocks(self, task: Task, cohort: Cohort, shared: ObjectRef[Frozen]) -> Iterable[Sequence[int]]:
-        """The blocks, as the inner engine cuts them; how many clients fit onto a GPU only a worker can tell."""
-        if not self.gpus or not isinstance(self.local, Vectorised):
-            return self.local.blocks(task, cohort.ids)
-        widths = self.local.widths
-
-        def width(task: Task, longest: int, ident: int) -> int:
-            key = task.action, longest.bit_length()
-            if key not in widths:
-                asked = deque([(task.action, longest, ident)])
-                ask = self.start().carry_out(
-                    asked, lambda worker, of: worker.width.remote(shared, *of), lambda of: None
-                )
-                for _, found in ask:
-                    if isinstance(found, Exception):
-                        raise found
-                    widths[key] = found
-            return min(widths[key], -(-len(cohort.ids) // GPU_BLOCKS))
-
-        return self.local.blocks(task, cohort.ids, width)
-
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """What any worker answers."""
-        for _, answer in self.start().carry_out(deque([None]), lambda worker, _: question(worker), lambda _: None):
-            if isinstance(answer, Lost):
-                raise RuntimeError(answer.told) from answer
-            if isinstance(answer, Exception):
-                raise answer
-        return answer
-
-    def _parts(
-        self, task: Task, cohort: Cohort, shared: ObjectRef[Frozen], line: Line, incidents: list[str]
-    ) -> Iterator[tuple[Piece, list[Part]]]:
-        """What comes of each piece, as it comes; a piece that cannot be run falls into smaller ones."""
-        waiting = deque(line.pieces)
-
-        def submit(worker: Any, piece: Piece) -> ObjectRef[Outcome]:
-            some = [pick(cohort, block) for block in piece.blocks]
-            ids, personal = [list(each.ids) for each in some], [freeze(each.personal) for each in some]
-            work = Assignment(task.action, task.round, task.reduce, self.number, ids, personal)
-            return worker.run.remote(shared, work)  # type: ignore[no-any-return]
-
-        def patience(piece: Piece) -> float | None:
-            return None if self.deadline is None else self.deadline * len(piece.places)
-
-        for piece, result in self.start().carry_out(waiting, submit, patience):
-            ids = [cohort.ids[place] for place in piece.places]
-            if isinstance(result, Lost):
-                incidents.append(f"{result.told}, and was replaced; it was at {named(ids)}")
-                piece.deaths += 1
-                again = not result.hung and piece.deaths <= self.retries
-                if again and len(piece.blocks) == 1:
-                    waiting.append(piece)
-                elif len(ids) > 1:
-                    waiting.extend(line.divide(piece))
-                else:
-                    told = result.reason if result.hung else f"{piece.deaths} workers died of it: {result.reason}"
-                    yield piece, [Part([], None, {}, {ids[0]: told})]
-            elif isinstance(result, Exception):  # as in this process: the client cannot be run that way at all
-                raise result
-            else:
-                self.pace.learn(task.action, ids, result.seconds)
-                yield piece, [thaw_part(part) for part in result.parts]
+    def beside(self, federation: Federation, clients: Mapping[str, Client], seed: int) -> Engine:
+        """Runs other clients on other data, one by one, on these workers."""
+        return self._side(Sequential(federation, clients, seed))
 
     def map(
         self, function: Callable[[Shared, Item], Answer], shared: Shared, items: Iterable[Item]
@@ -227,18 +144,3 @@ class Call:
     number: int
     item: Any
     deaths: int = 0
-
-
-def _kept(gathering: Gathering) -> Replies:
-    """The replies, in this process's own memory."""
-    if len(gathering.parts) == 1:  # nothing was joined, so it lies in the object store still
-        gathering.parts = [Reply(**tree.clone(gathering.parts[0]._asdict()))]
-    if gathering.folds is not None and not (whole := gathering.folds.whole()).own:
-        whole.update = tree.clone(whole.update)
-    return gathering.replies()
-
-
-def named(ids: Sequence[int]) -> str:
-    """Some clients, in words."""
-    others = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
-    return f"client {ids[0]}{others}"

@@ -2,14 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ray
 import torch
 
-from fedsim.client import Client
 from fedsim.data.federation import Federation
-from fedsim.engines.device import confine
+from fedsim.engines.device import confine, find
 from fedsim.engines.engine import Local
 from fedsim.engines.gathering import Gathering
 from fedsim.engines.ray.carry import Frozen, FrozenPart, freeze_part, thaw
@@ -24,6 +24,15 @@ class Tables(NamedTuple):
 
     columns: Frozen
     rest: Federation  # without them
+
+
+class Given(NamedTuple):
+    """What a worker makes an inner engine of, when it is first asked to run something on it."""
+
+    side: int  # whose it is
+    inner: Inner
+    data: list[Any]  # references to Tables and to the clients; in a list, so that nobody fetches them before
+    seed: int
 
 
 class Assignment(NamedTuple):
@@ -47,35 +56,44 @@ class Outcome(NamedTuple):
 class Worker:
     """What stands in a worker process."""
 
-    def __init__(
-        self, inner: Inner, tables: Tables, clients: Mapping[str, Client], seed: int, threads: int, gpus: float
-    ) -> None:
+    def __init__(self, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
-        rest = tables.rest
-        federation = Federation(thaw(tables.columns, copy=False), rest.rows, rest.bounds, {}, rest.names, rest.name)
-        self.engine = inner(federation, clients, seed, device="cuda" if gpus else "cpu")
+        self.device = "cuda" if gpus else "cpu"
+        place = find(self.device)
         if gpus:
-            confine(self.engine.place, gpus)
+            confine(place, gpus)
             torch.backends.cudnn.deterministic = True  # or the bits would differ from worker to worker
-        self.number, self.task = 0, Task("", {})
+        self.engines: dict[int, Local] = {}
+        self.tasks: dict[int, tuple[int, Task]] = {}  # side -> the number of its last task, and that
 
     def ready(self) -> int:
         """The process."""
         return os.getpid()
 
-    def _receive(self, shared: Frozen, number: int, action: str, round: int, reduce: Reduce) -> Task:
-        """The task; only once its tensors are copied, for a client may try to write there."""
-        if self.number != number:
-            self.task = self.engine.receive(Task(action, thaw(shared), None, round, reduce))
-            self.number = number
-        return self.task
+    def _engine(self, given: Given) -> Local:
+        """The inner engine of a side."""
+        if given.side not in self.engines:
+            tables, clients = ray.get(given.data)
+            rest = tables.rest
+            federation = Federation(thaw(tables.columns, copy=False), rest.rows, rest.bounds, {}, rest.names, rest.name)
+            self.engines[given.side] = given.inner(federation, clients, given.seed, device=self.device)
+        return self.engines[given.side]
 
-    def run(self, shared: Frozen, work: Assignment) -> Outcome:
+    def _receive(self, given: Given, shared: Frozen, work: Assignment) -> Task:
+        """The task; only once its tensors are copied, for a client may try to write there."""
+        number, task = self.tasks.get(given.side, (0, Task("", {})))
+        if number != work.number:
+            task = self._engine(given).receive(Task(work.action, thaw(shared), None, work.round, work.reduce))
+            self.tasks[given.side] = work.number, task
+        return task
+
+    def run(self, given: Given, shared: Frozen, work: Assignment) -> Outcome:
         """What comes of some blocks, merged."""
+        engine = self._engine(given)
         start = time.perf_counter()
-        task = self._receive(shared, work.number, work.action, work.round, work.reduce)
-        given = zip(work.blocks, work.personal, strict=True)
-        parts = [self.engine.run_block(task, Cohort(ids, thaw(personal))) for ids, personal in given]
+        task = self._receive(given, shared, work)
+        each = zip(work.blocks, work.personal, strict=True)
+        parts = [engine.run_block(task, Cohort(ids, thaw(personal))) for ids, personal in each]
         forms = [part.form for part in parts if part.replies is not None]
         if len(parts) > 1 and all(form == forms[0] for form in forms):  # else whose form counts is not known here
             gathering = Gathering("", task._replace(shared={}), Cohort(sum(work.blocks, [])), {})
@@ -85,10 +103,11 @@ class Worker:
             parts = [gathering.part()._replace(fits=fits)]
         return Outcome([freeze_part(part) for part in parts], time.perf_counter() - start)
 
-    def width(self, shared: Frozen, action: str, longest: int, ident: int) -> int:
+    def width(self, given: Given, shared: Frozen, action: str, longest: int, ident: int) -> int:
         """How many clients like this one fit into a block."""
-        assert isinstance(self.engine, Vectorised)
-        return self.engine.width(self.engine.receive(Task(action, thaw(shared))), longest, ident)
+        engine = self._engine(given)
+        assert isinstance(engine, Vectorised)
+        return engine.width(engine.receive(Task(action, thaw(shared))), longest, ident)
 
     def call(self, function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
         """What a function makes of an item."""
