@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("population", "packing", "flower")
+BENCHMARKS = ("population", "memory", "packing", "systems")
 
 
 def main() -> None:
