@@ -71,17 +71,18 @@ class Client(ABC):
         Clients may differ in length: `data` is padded to the longest, `rows` (C, T, B) is -1 where there is nothing.
         A client that has no batch left steps on, and its new state is thrown away.
         """
-        certain = int((rows >= 0).any(-1).all(0).sum())  # the steps that all of them have need no such care
+        real = rows >= 0
+        certain = int(real.any(-1).all(0).sum())  # the steps that all of them have need no such care
 
-        def one(personal: Tree, data: Batch, rows: Tensor) -> dict[str, Tensor]:
+        def one(personal: Tree, data: Batch, rows: Tensor, real: Tensor) -> dict[str, Tensor]:
             state = self.start(shared, personal, data)
-            for index, step in enumerate(rows.unbind(0)):
-                mask = step >= 0
-                after = self.step(state, tree.take(data, step.clamp(min=0)) | {"mask": mask})
+            examples = {name: column for name, column in data.items() if name != "mask"}
+            for index, (step, mask) in enumerate(zip(rows.unbind(0), real.unbind(0), strict=True)):
+                after = self.step(state, tree.take(examples, step) | {"mask": mask})
                 state = after if index < certain else tree.where(mask.any(), after, state)
             return tree.flatten(self.finish(shared, state, data)._asdict())
 
         randomness = "different" if self.stochastic else "error"
-        flat = torch.func.vmap(one, randomness=randomness)(personal, data, rows)
+        flat = torch.func.vmap(one, randomness=randomness)(personal, data, rows.clamp(min=0), real)
         whole = tree.unflatten(flat)
         return Reply(whole.get("update", {}), whole["weight"], whole.get("personal", {}), whole.get("metrics", {}))

@@ -11,7 +11,7 @@ import torch
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation
-from fedsim.engines.device import CPU, find, moved, on
+from fedsim.engines.device import CPU, find, keep_memory, moved, on
 from fedsim.engines.gathering import Gathering, Part
 from fedsim.task import Cohort, Replies, Task
 
@@ -117,6 +117,7 @@ class Local(Engine):
     def run_block(self, task: Task, cohort: Cohort) -> Part:
         """What comes of one block; the task is one that was received."""
         who = type(client_for(task, self.clients)).__name__
+        keep_memory()
         if self.place != CPU:
             cohort = Cohort(cohort.ids, tree.to(cohort.personal, self.place))
         gathering = Gathering(who, task, cohort, {"examples": self.tables.columns})

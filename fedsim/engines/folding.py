@@ -97,7 +97,7 @@ def pieces(lengths: Sequence[float], workers: float) -> list[range]:
         number, length = 1, lengths[start]
         while start % (2 * number) == 0 and start + 2 * number <= len(lengths):
             longer = length + sum(lengths[start + number : start + 2 * number])
-            if longer > left / (1.5 * workers):
+            if longer > left / workers:
                 break
             number, length = 2 * number, longer
         found.append(range(start, start + number))

@@ -114,16 +114,23 @@ class Greedy(Sgd):
 def test_a_block_without_enough_memory_runs_as_two_halves_and_later_ones_are_no_larger(classification):
     model, federation = classification((8,) * 8)
     task = Task("train", {"params": model.params}, round=1, reduce="mean")
-    engine = Vectorised(federation, {"train": Greedy(model=model, lr=0.1, most=3)}, block=6)
+    engine = Vectorised(federation, {"train": Greedy(model=model, lr=0.1, most=4)})
     replies = engine.execute(task, Cohort(list(range(8))))
     assert replies.ids == list(range(8)) and not replies.failed
     (told,) = replies.incidents
-    assert "block of 6 clients did not fit into memory (tried to allocate 6 GiB)" in told and "at most 3" in told
+    assert "block of 8 clients did not fit into memory (tried to allocate 8 GiB)" in told and "at most 4" in told
     plain = Vectorised(federation, {"train": Sgd(model=model, lr=0.1)}).execute(task, Cohort(list(range(8))))
     for name, leaf in plain.update["params"].items():
         torch.testing.assert_close(replies.update["params"][name], leaf)
-    assert [len(places) for places in engine.blocks(task, range(8))] == [3, 3, 2]
+    assert [len(places) for places in engine.blocks(task, range(8))] == [4, 4]
     assert not engine.execute(task._replace(round=2), Cohort(list(range(8)))).incidents  # once
+
+
+def test_blocks_of_alike_clients_are_equally_large(classification):
+    model, federation = classification((8,) * 50)
+    engine = Vectorised(federation, {"train": Sgd(model=model, lr=0.1)}, block=40)
+    blocks = list(engine.blocks(Task("train", {"params": model.params}), range(50)))
+    assert [len(places) for places in blocks] == [25, 25] and sorted(sum(blocks, [])) == list(range(50))
 
 
 def test_halves_that_do_not_fit_either_end_the_run_with_what_to_do(classification):

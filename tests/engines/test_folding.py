@@ -86,7 +86,7 @@ def test_pieces_cover_all_blocks_once_in_aligned_powers_of_two(blocks, workers):
     assert [number for some in found for number in some] == list(range(blocks))
     for some in found:
         assert len(some).bit_count() == 1 and some.start % len(some) == 0
-        assert len(some) == 1 or sum(lengths[n] for n in some) <= sum(lengths[some.start :]) / (1.5 * workers)
+        assert len(some) == 1 or sum(lengths[n] for n in some) <= sum(lengths[some.start :]) / workers
     if workers == float("inf"):
         assert len(found) == blocks
     elif blocks == 1000:
