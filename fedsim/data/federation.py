@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedsim.data.dataset import Dataset
 from fedsim.randomness import keys, shuffled
@@ -75,8 +76,12 @@ class Federation:
 
     def _rows(self, rows: NDArray[np.int64]) -> Batch:
         """Some rows of the columns, leaves (*rows.shape, ...)."""
-        index = torch.from_numpy(rows)
-        return {name: column[index.to(column.device)] for name, column in self.columns.items()}
+        flat = torch.from_numpy(rows.reshape(-1))
+
+        def pick(column: Tensor) -> Tensor:  # which copies whole rows, as indexing does not
+            return column.index_select(0, flat.to(column.device)).view(*rows.shape, *column.shape[1:])
+
+        return {name: pick(column) for name, column in self.columns.items()}
 
     def to(self, device: torch.device) -> "Federation":
         """The same federation with its columns on a device."""

@@ -26,6 +26,16 @@ def finite(replies: Reply) -> Tensor:
     return good
 
 
+def _all_finite(replies: Reply) -> bool:
+    """Whether there is neither NaN nor infinity in any of them, nor in their fold if that stands for the updates."""
+    for leaf in tree.leaves({"weight": replies.weight, "update": replies.update, "personal": replies.personal}):
+        values = leaf.values if isinstance(leaf, Rows) else leaf
+        # A sum is the cheaper one to look at, but may overflow where no number is infinite.
+        if values.is_floating_point() and not (torch.isfinite(values.sum()) or torch.isfinite(values).all()):
+            return False
+    return True
+
+
 class Part(NamedTuple):
     """What came of a block of a cohort, or of several."""
 
@@ -87,19 +97,31 @@ class Gathering:
         if self._odd(ids, form):
             return
         self.up += tree.count_bytes(tree.leaves(sent))
-        good = finite(replies)
-        if not good.all():
+        fold = self._folded(replies)
+        # A mean or a sum with NaN or infinity in it is neither finite, so it is enough to look at that.
+        if not _all_finite(replies if fold is None else replies._replace(update=fold.update)):
+            good = finite(replies)
             bad = [client for client, fine in zip(ids, good.tolist(), strict=True) if not fine]
             self.failed |= dict.fromkeys(bad, "its update holds NaN or infinity")
             ids = [client for client in ids if client not in bad]
             if not ids:
                 return
-            replies = Reply(**tree.take(replies._asdict(), good))
+            if bad:  # else it was the fold alone that overflowed
+                replies = Reply(**tree.take(replies._asdict(), good))
+                fold = self._folded(replies)
         self.ids += ids
-        if self.folds is not None:
-            self.folds.last.add(replies.update, replies.weight)
+        if self.folds is not None and fold is not None:
+            self.folds.last.merge(fold)
             replies = replies._replace(update={})
         self.parts.append(replies)
+
+    def _folded(self, replies: Reply) -> Fold | None:
+        """The fold of these replies; None where none is wanted."""
+        if self.folds is None:
+            return None
+        fold = Fold(self.task.reduce)
+        fold.add(replies.update, replies.weight)
+        return fold
 
     def part(self) -> Part:
         """All of it, for the gathering of a larger cohort to take in."""
