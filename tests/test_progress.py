@@ -134,3 +134,16 @@ def test_where_there_is_no_terminal_there_are_lines(monkeypatch):
     assert isinstance(display("name", 3), Lines)
     monkeypatch.setenv("FORCE_COLOR", "1")  # which makes rich take anything for a terminal
     assert isinstance(display("name", 3), Live)
+
+
+def test_what_went_wrong_is_written_and_stays():
+    console = plain()
+    Lines(console, "name", 9).warn("round 2: a [worker] died " + "x" * 60)
+    assert written(console) == "name  round 2: a [worker] died " + "x" * 60 + "\n"
+    bar = Console(file=io.StringIO(), width=40, force_terminal=True)
+    with Live(bar, "name", 9) as live:
+        live.show(metrics(1))
+        live.warn("a [worker] died")
+        live.show(metrics(2))
+    assert written(bar).count("a [worker] died") == 1  # the bar is drawn anew, it is not
+    Silent().warn("nobody sees this")

@@ -85,6 +85,12 @@ def test_a_metric_may_be_a_tensor_or_a_number_of_numpy(run):
     assert run.metrics() == [{"round": 1, "loss": 0.5, "norm": 0.25}]
 
 
+def test_incidents_are_lines_without_a_client(run):
+    run.record_incidents(2, ["a worker died"])
+    run.record_incidents(3, [])
+    assert read_lines(run.failures_file) == [{"round": 2, "client": None, "reason": "a worker died"}]
+
+
 def test_failures_are_a_line_each(run):
     run.record_failures(2, {5: "line 1\nline 2", 3: "ü"})
     run.record_failures(3, {})

@@ -218,6 +218,15 @@ def test_failures_that_differ_in_numbers_only_are_one_reason():
     assert [[failure.client for failure in group] for group in found] == [[3, 12], [2]]
 
 
+def test_what_went_wrong_and_was_made_good_has_a_section_of_its_own(tmp_path):
+    died = "a worker died: {}, and was replaced; it was at client {} and 3 more"
+    incidents = tuple({"round": n, "client": None, "reason": died.format("<SIGKILL>", n)} for n in (2, 3))
+    text = write_report(make(tmp_path / "run", failures=incidents)).read_text(encoding="utf-8")
+    assert "Incidents" in text and "&lt;SIGKILL&gt;" in text and "2 times something went wrong" in text
+    assert "every client answered" in text  # none of it is a failure
+    assert "Incidents" not in write_report(make(tmp_path / "other")).read_text(encoding="utf-8")
+
+
 def test_a_measure_knows_which_way_is_better():
     names = {
         "test/accuracy": 1,

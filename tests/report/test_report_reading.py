@@ -8,7 +8,7 @@ import pytest
 
 from fedsim.report import read_run
 from fedsim.report.formats import amount, count, duration, measure
-from fedsim.report.reading import Failure, find_runs
+from fedsim.report.reading import Failure, Incident, find_runs
 
 
 @pytest.fixture
@@ -113,6 +113,14 @@ def test_confusion_has_a_name_for_every_class(run):
 def test_failures_are_read_in_order(run):
     write(run / "failures.jsonl", [{"round": 2, "client": 7, "reason": "x"}], '{"round": 3, "cl')
     assert read_run(run).failures == (Failure(2, 7, "x"),)
+
+
+def test_what_cost_no_client_its_reply_is_no_failure(run):
+    write(
+        run / "failures.jsonl", [{"round": 1, "client": None, "reason": "y"}, {"round": 2, "client": 7, "reason": "x"}]
+    )
+    record = read_run(run)
+    assert record.failures == (Failure(2, 7, "x"),) and record.incidents == (Incident(1, "y"),)
 
 
 def test_an_experiment_alone_is_a_run_before_its_first_round(run):
