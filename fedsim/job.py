@@ -175,19 +175,20 @@ def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tra
         )
     metrics = own | step.metrics
     directory.record_failures(number, step.failed)
+    directory.record_incidents(number, step.incidents)  # before the evaluation, which may raise
     incidents = list(step.incidents)
     if plan.evaluate_every and (number % plan.evaluate_every == 0 or last):
         parts = {name: _evaluate(name, job, snapshot) for name in job.cohorts}
         for name, part in parts.items():
             metrics |= {f"{name}/{measure}": value for measure, value in part.pooled.items() if measure != "examples"}
             directory.record_failures(number, {ident: f"evaluating: {why}" for ident, why in part.failed.items()})
+            directory.record_incidents(number, part.incidents)
             incidents += part.incidents
         if "clients" in parts:
             metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
             down, up = parts["clients"].traffic
             metrics |= {"evaluate/bytes_down": down, "evaluate/bytes_up": up}
         directory.save_evaluation(number, parts, job.assembly.federation.names.get("y", ()))
-    directory.record_incidents(number, incidents)
     directory.record(metrics)
     if number % plan.checkpoint_every == 0 or last:
         directory.save(snapshot, plan.keep_checkpoints)

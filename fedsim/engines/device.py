@@ -3,8 +3,8 @@
 import ctypes
 import os
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -55,9 +55,15 @@ def find(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
     """Inside, a client's new tensors are made on the device, though it does not name one."""
-    return nullcontext() if device == CPU else device
+    if device == CPU:
+        yield
+        return
+    # The second alone would leave "cuda:0" the GPU in use, and only that one's generator is seeded.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), device:
+        yield
 
 
 def moved(client: Client, device: torch.device) -> Client:

@@ -48,6 +48,7 @@ class Part(NamedTuple):
     blocks: int = 1  # how many it was made of
     incidents: list[str] = []  # what went wrong, and was made good
     fits: int = 0  # the most clients in a block from now on, where more did not fit into memory
+    weight: float = 0.0  # of the fold, added up in its order: another order would be another last bit
 
     def to(self, device: torch.device) -> "Part":
         """The same on a device."""
@@ -93,7 +94,8 @@ class Gathering:
         """Takes in the stacked replies of some clients, leaves (C, ...); refuses those that are wrong."""
         self._check_given()
         sent = {"update": replies.update, "weight": replies.weight, "metrics": replies.metrics}
-        form = {name: tuple(leaf.shape[1:]) for name, leaf in tree.flatten(sent).items() if "@" not in name}
+        every = tree.flatten(sent | {"personal": replies.personal})
+        form = {name: tuple(leaf.shape[1:]) for name, leaf in every.items() if "@" not in name}
         if self._odd(ids, form):
             return
         self.up += tree.count_bytes(tree.leaves(sent))
@@ -126,9 +128,10 @@ class Gathering:
     def part(self) -> Part:
         """All of it, for the gathering of a larger cohort to take in."""
         replies = Reply(**tree.concatenate([part._asdict() for part in self.parts])) if self.parts else None
-        folded = self.folds.whole().update if self.folds else {}
+        whole = self.folds.whole() if self.folds else Fold("mean")
         blocks = self.folds.blocks if self.folds else 1
-        return Part(self.ids, replies, folded, self.failed, self.form, self.up, blocks, self.incidents)
+        told = self.failed, self.form, self.up, blocks, self.incidents
+        return Part(self.ids, replies, whole.update, *told, weight=whole.weight)
 
     def take(self, part: Part) -> None:
         """Takes in what came of the next block of the cohort, or of the next blocks."""
@@ -151,7 +154,7 @@ class Gathering:
             return Fold(self.task.reduce)
         self.ids += part.ids
         self.parts.append(part.replies)
-        return Fold(self.task.reduce, part.folded, float(part.replies.weight.double().sum()), len(part.ids))
+        return Fold(self.task.reduce, part.folded, part.weight, len(part.ids))
 
     def _odd(self, ids: Sequence[int], form: dict[str, tuple[int, ...]]) -> bool:
         """Whether these answered in another form than the first; they have failed then."""

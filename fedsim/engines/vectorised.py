@@ -12,12 +12,13 @@ from fedsim import tree
 from fedsim.client import Client
 from fedsim.data.federation import Federation, schedule
 from fedsim.engines.device import find, fitting, free, on, peak
-from fedsim.engines.engine import Answer, Item, Local, Shared, client_for
+from fedsim.engines.engine import Answer, Item, Local, Shared, client_for, pick
 from fedsim.engines.gathering import Gathering, Part
 from fedsim.engines.sequential import alone, length, prepare
 from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
 from fedsim.task import Batch, Cohort, Reply, Task
+from fedsim.tree import Tree
 
 # What one block may occupy on a CPU: in small blocks the cost of a step is shared by few, and in large ones a single
 # tensor is larger than what `keep_memory` keeps. Perceptrons with 20,000 to 400,000 parameters were at their best, or
@@ -34,7 +35,7 @@ class Vectorised(Local):
 
     Clients are sorted by their number of examples, and a block ends where a client has less than a quarter of its
     first one's, so that blocks pad little. A block's composition depends on the cohort alone, and a block of one runs
-    without vmap. A block that does not fit into memory runs as two halves, and no later one is larger than these.
+    without vmap. A block that does not fit into memory runs as two halves, and no later one is larger.
 
     Attributes:
         federation: the data by client.
@@ -101,10 +102,12 @@ class Vectorised(Local):
         self.limits[action] = min(most, self.limits.get(action, most))
 
     def run_block(self, task: Task, cohort: Cohort) -> Part:
-        """What comes of one block, as two halves if it does not fit into memory."""
+        """What comes of one block, as two halves, and halves of these, if it does not fit into memory."""
         try:
             return super().run_block(task, cohort)
         except torch.OutOfMemoryError as error:
+            if len(cohort.ids) == 1:
+                raise RuntimeError(f"not even client {cohort.ids[0]} alone fits into memory") from error
             told = str(error).strip().splitlines()[0]
         if self.place.type == "cuda":
             torch.cuda.empty_cache()
@@ -116,15 +119,8 @@ class Vectorised(Local):
             f"from now on {task.action!r} runs at most {half} at once"
         )
         for places in (range(half), range(half, len(cohort.ids))):
-            ids = [cohort.ids[place] for place in places]
-            personal = tree.take(cohort.personal, torch.as_tensor(places)) if cohort.personal else {}
-            try:
-                whole.join(super().run_block(task, Cohort(ids, personal)))
-            except torch.OutOfMemoryError as error:
-                raise RuntimeError(
-                    f"not even {len(ids)} clients fit into memory at once: give them more, or set the engine's `block`"
-                ) from error
-        return whole.part()._replace(fits=half)
+            whole.join(self.run_block(task, pick(cohort, places)))
+        return whole.part()._replace(fits=self.limits[task.action])
 
     def answer(self, task: Task, cohort: Cohort, gathering: Gathering) -> None:
         """Runs one block; if it raises, its clients one by one, so that only the culprit fails."""
@@ -186,17 +182,26 @@ class Vectorised(Local):
         """How many clients like this one fit into the memory that is free, as two and four of it at once tell."""
         key = task.action, longest.bit_length()
         if key not in self.widths:
-            two, four = (peak(self.place, partial(self._trial, task, ident, count)) for count in (2, 4))
-            self.widths[key] = fitting(free(self.place), two, four)
+            _ = self.tables  # on the GPU before one looks how much is free there
+            try:
+                # The first time, what is kept for good is taken as well: models, the workspaces of libraries.
+                _, two, four = (peak(self.place, partial(self._trial, task, ident, count)) for count in (2, 2, 4))
+                self.widths[key] = fitting(free(self.place), two, four)
+            except torch.OutOfMemoryError:
+                self.widths[key] = 1
+            except Exception:  # whatever it raises is told when it runs, and not on record for others like it
+                return 2
         return self.widths[key]
 
     def _trial(self, task: Task, ident: int, count: int) -> None:
         """Runs so many copies of a client at once, for nothing but the memory that they need."""
         client = client_for(task, self.residents)
-        own = client_for(task, self.clients).personal(generator(self.seed, "measure"))
+        own: Tree = {}
+        for other in self.clients.values():  # a client may read what another one keeps
+            own = other.personal(generator(self.seed, "measure")) | own
         rows = tree.to(tree.stack([own] * count), self.place) if own else {}
         tables = {} if type(client).prepare is Client.prepare else {ident: prepare(self, task, ident)}
-        with seeding(self.seed, "measure"), on(self.place):
+        with on(self.place), seeding(self.seed, "measure"):
             self._run(client, self.receive(task), Cohort([ident] * count, rows), tables)
 
 

@@ -65,5 +65,6 @@ def incidents(record: RunRecord) -> Section | None:
         for group in groups[:_GROUPS]
     ]
     table = Table("", ("what happened", "times", "first in round"), tuple(rows), words=(0,))
-    note = f"{several(len(record.incidents), 'time')} something went wrong that cost no client its reply."
+    note = f"{several(len(record.incidents), 'time')} something went wrong. "
+    note += "It cost no client its reply, unless that is told above."
     return Section("Incidents", note, tables=(table,))

@@ -133,11 +133,12 @@ def test_blocks_of_alike_clients_are_equally_large(classification):
     assert [len(places) for places in blocks] == [25, 25] and sorted(sum(blocks, [])) == list(range(50))
 
 
-def test_halves_that_do_not_fit_either_end_the_run_with_what_to_do(classification):
+def test_halves_that_do_not_fit_either_are_halved_again(classification):
     model, federation = classification((8,) * 8)
     engine = Vectorised(federation, {"train": Greedy(model=model, lr=0.1, most=1)})
-    with pytest.raises(RuntimeError, match="not even 4 clients fit into memory at once.*`block`"):
-        engine.execute(Task("train", {"params": model.params}), Cohort(list(range(8))))
+    replies = engine.execute(Task("train", {"params": model.params}, reduce="mean"), Cohort(list(range(8))))
+    assert replies.ids == list(range(8)) and not replies.failed
+    assert engine.limits == {"train": 1} and "at most 1" in replies.incidents[-1]
 
 
 @dataclass(frozen=True)

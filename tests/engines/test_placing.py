@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -72,3 +73,26 @@ def test_answers_in_any_order_and_pieces_that_fall_apart_come_to_the_same_bits(c
         assert found.ids == expected.ids == here.ids and not line.slots and not line.found
         torch.testing.assert_close(found.update, expected.update, rtol=0, atol=0)
     assert any(not torch.equal(leaf, flatten(here.update)[name]) for name, leaf in flatten(expected.update).items())
+
+
+@dataclass(frozen=True)
+class Tenth(Sgd):
+    """Weighs a tenth of its examples, so that the order in which weights are added up shows in the last bit."""
+
+    def finish(self, shared, state, data):
+        reply = super().finish(shared, state, data)
+        return reply._replace(weight=reply.weight.double() / 10)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_weights_that_are_no_whole_numbers_come_to_the_same_bits_too(classification, workers):
+    model, federation = classification(SIZES * 5, torch.float64)
+    clients = {"train": Tenth(model=model, lr=0.1, batch_size=4)}
+    engine, task = Sequential(federation, clients, 3), Task("train", {"params": model.params}, round=1, reduce="mean")
+    cohort = Cohort(list(range(40)))
+    blocks = list(engine.blocks(task, cohort.ids))
+    line, whole = Line(task, cohort, blocks, np.ones(40), workers), Gathering("", task, cohort, {})
+    for piece in line.pieces:
+        for part in line.note(piece, parts(engine, task, cohort, piece)):
+            whole.take(part)
+    torch.testing.assert_close(whole.replies().update, engine.execute(task, cohort).update, rtol=0, atol=0)

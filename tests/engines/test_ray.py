@@ -25,6 +25,7 @@ from clients.sgd import Sgd
 from fedsim import Cohort, Sequential, Task, Vectorised, begin, rounds
 from fedsim.engines.ray import Ray
 from fedsim.engines.ray.carry import freeze, thaw
+from fedsim.engines.ray.crew import Lost
 from fedsim.evaluation import Evaluate
 from fedsim.sampling import uniform
 from fedsim.tree import Rows, flatten
@@ -210,15 +211,38 @@ workers = 2
 """
 PLUGIN = """
 from dataclasses import dataclass
+import torch
 from clients.scaffold import ControlledSgd
+from clients.sgd import Sgd
+from strategies.fedavg import FedAvg
 import pausing
 
-@dataclass(frozen=True)
-class Slow(ControlledSgd):
+class Pausing:
     def prepare(self, examples, rng):
         pausing.pause()
         return examples
+
+@dataclass(frozen=True)
+class Slow(Pausing, ControlledSgd):
+    pass
+
+@dataclass(frozen=True)
+class SlowSgd(Pausing, Sgd):
+    pass
+
+class Stacking(FedAvg):
+    def configure(self, state, round):
+        return super().configure(state, round)._replace(reduce="stack")
+
+    def aggregate(self, state, task, replies):
+        share = replies.weight.float() / replies.weight.float().sum()
+        return {"params": {n: torch.tensordot(share, p, 1) for n, p in replies.update["params"].items()}}, {}
 """
+OTHERS = {
+    "scaffold": [],
+    "fedavg": ["strategy={use='strategies.fedavg:FedAvg'}", "clients.train.use='plugin.py:SlowSgd'"],
+    "stack": ["strategy={use='plugin.py:Stacking'}", "clients.train.use='plugin.py:SlowSgd'"],
+}
 BESIDE = """
 import time
 
@@ -233,10 +257,11 @@ def write(folder):
         (folder / name).write_text(text)
 
 
-def test_a_driver_killed_and_resumed_ends_with_the_bits_of_the_run_in_one_process(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_driver_killed_and_resumed_ends_with_the_bits_of_the_run_in_one_process(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
-    code = "import fedsim; fedsim.run('slow.toml')"
+    code = f"import fedsim; fedsim.run('slow.toml', changes={OTHERS[method]!r})"
     driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "runs" / "scaffold"
     deadline = time.monotonic() + 120
@@ -247,7 +272,7 @@ def test_a_driver_killed_and_resumed_ends_with_the_bits_of_the_run_in_one_proces
     driver.wait()
     (path,) = metrics.iterdir()
     resumed = fedsim.resume(path)
-    alone = fedsim.run("slow.toml", changes=["engine={use='fedsim.engines.local:auto'}"])
+    alone = fedsim.run("slow.toml", changes=[*OTHERS[method], "engine={use='fedsim.engines.local:auto'}"])
     assert [line["round"] for line in resumed.metrics] == list(range(1, 13))
     assert same(resumed.params, alone.params)
     assert {line["train/loss"] for line in resumed.metrics} == {line["train/loss"] for line in alone.metrics}
@@ -400,6 +425,61 @@ def test_what_a_worker_did_not_do_is_told(classification):
         found = engine.execute(task, Cohort(list(range(8))))
     assert len(found.ids) == 8 and not found.failed
     assert len(found.incidents) == 1 and "a worker died" in found.incidents[0] and "replaced" in found.incidents[0]
+
+
+def test_a_cohort_is_cut_into_blocks_as_large_as_was_asked_for(classification):
+    model, federation = classification(SIZES)
+    clients, task = {"train": Sgd(model=model, lr=0.1)}, Task("train", {"params": model.params}, round=1, reduce="mean")
+    engine = Ray(federation, clients, 3, workers=2, cpus=0.5, inner="vectorised", block=2)
+    assert [len(places) for places in engine.main.local.blocks(task, range(8))] == [2, 2, 2, 2]
+    with engine:
+        there = engine.execute(task, Cohort(list(range(8))))
+    here = Vectorised(federation, clients, 3, 2).execute(task, Cohort(list(range(8))))
+    assert same(flatten(there.update), flatten(here.update))
+
+
+def test_workers_are_asked_how_many_fit_where_they_have_gpus(classification):
+    model, federation = classification(SIZES)
+    task = Task("train", {"params": model.params}, round=1, reduce="mean")
+    with Ray(federation, {"train": Sgd(model=model, lr=0.1)}, 3, workers=1, cpus=0.5, inner="vectorised") as engine:
+        engine.main.policy = engine.main.policy._replace(gpus=0.5)  # they have none, and answer all the same
+        os.kill(ray.get(engine.start().members[0].handle.ready.remote()), signal.SIGKILL)  # one dies meanwhile
+        replies = engine.execute(task, Cohort(list(range(8))))
+        assert replies.ids == list(range(8)) and engine.main.local.widths
+
+
+def test_what_is_done_is_not_late_because_nobody_has_come_to_take_it(classification):
+    _, federation = classification(SIZES)
+    found = []
+    with Ray(federation, {}, 3, workers=2, cpus=0.5) as engine:
+        assert len(list(engine.map(square, 10, range(3)))) == 3  # modules are imported now
+        engine.deadline = 1.0
+        for answer in engine.map(square, 10, range(3)):
+            found.append(answer)
+            time.sleep(1.5)
+    assert found == [10, 11, 14]
+
+
+def test_a_task_after_one_that_raised_is_not_told_its_errors(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1), "wrong": Branching(model=model, lr=0.1)}
+    shared = {"params": model.params}
+    with Ray(federation, clients, 3, workers=2, cpus=0.5, inner="vectorised", block=2) as engine:
+        with pytest.raises(TypeError, match="cannot be vectorised") as kept:
+            engine.execute(Task("wrong", shared, round=1, reduce="mean"), Cohort(list(range(8))))
+        replies = engine.execute(Task("train", shared, round=1, reduce="mean"), Cohort(list(range(8))))
+    assert replies.ids == list(range(8)) and kept.tb is not None  # which holds what was under way
+
+
+class Branching(Sgd):
+    def step(self, state, batch):
+        return super().step(state, batch) if batch["x"].sum() > 0 else state
+
+
+def test_what_became_of_a_worker_takes_notes_as_any_exception_does():
+    lost = Lost("it is gone")
+    lost.add_note("The run is elsewhere.")
+    assert str(lost) == "it is gone" and lost.__notes__ == ["The run is elsewhere."]
 
 
 def test_a_worker_without_the_gpu_that_it_is_to_have_says_so(tmp_path):

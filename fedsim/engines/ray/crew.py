@@ -2,14 +2,15 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, UnserializableException
 
 START_SECONDS = 120.0  # for a worker to come up
+STILLBORN = 3  # times the number of workers: so many in a row may fail to start in the place of others
 AHEAD = 2  # pieces of work that a worker has been given: while it is at one, the next is on its way
 LOOK_SECONDS = 0.5  # between two looks whether a worker hangs
 
@@ -27,7 +28,7 @@ class Member(Generic[Work]):
     since: float = 0.0  # when it began with the first of these
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: an exception is given notes and a traceback
 class Lost(Exception):  # noqa: N818 - says what happened to the work
     """A worker ended before its work did.
 
@@ -55,6 +56,7 @@ class Crew(Generic[Work]):
 
     def __init__(self, hire: Callable[[], Any], size: int) -> None:
         self.hire = hire
+        self.stillborn = 0  # in a row
         self.members = [self._member() for _ in range(size)]
         born = [member.born for member in self.members]
         up, down = ray.wait(born, num_returns=len(born), timeout=START_SECONDS)
@@ -62,8 +64,8 @@ class Crew(Generic[Work]):
             raise RuntimeError(f"{len(down)} of {len(born)} workers did not start within {START_SECONDS:g} s")
         try:
             ray.get(up)
-        except RayError as error:  # what went wrong when they were made is at the end of what it tells
-            raise RuntimeError(f"a worker could not be started: {str(error).strip().splitlines()[-1]}") from error
+        except RayError as error:
+            raise _not_started(error) from error
 
     def _member(self) -> Member[Work]:
         handle = self.hire()
@@ -71,7 +73,7 @@ class Crew(Generic[Work]):
 
     def carry_out(
         self, waiting: deque[Work], submit: Callable[[Any, Work], Any], patience: Callable[[Work], float | None]
-    ) -> Iterator[tuple[Work, Any]]:
+    ) -> Generator[tuple[Work, Any], None, None]:
         """Each piece of work and its result as it comes, or what went wrong: Lost, or what the worker raised.
 
         Args:
@@ -99,9 +101,20 @@ class Crew(Generic[Work]):
                 self._bury(member, deque(), Lost("what it was at is not wanted any more"))
 
     def _greet(self) -> None:
-        """Notes who has come up meanwhile."""
-        for member in self.members:
-            member.up = member.up or bool(ray.wait([member.born], timeout=0)[0])
+        """Notes who has come up meanwhile, and replaces those that could not: work would only be lost on them."""
+        for place, member in enumerate(self.members):
+            if member.up or not ray.wait([member.born], timeout=0)[0]:
+                continue
+            try:
+                ray.get(member.born)
+            except RayError as error:
+                self.stillborn += 1
+                if self.stillborn > STILLBORN * len(self.members):
+                    raise _not_started(error) from error
+                ray.kill(member.handle, no_restart=True)
+                self.members[place] = self._member()
+            else:
+                member.up, self.stillborn = True, 0
 
     def _await_one(self) -> None:
         """Waits for somebody who can work: all have died, and nobody has come up in their places yet."""
@@ -125,6 +138,8 @@ class Crew(Generic[Work]):
             result = ray.get(ref)
         except RayTaskError as error:  # the worker lives
             result = error.cause
+        except UnserializableException as error:  # it lives, too, but what it raised cannot be made here again
+            result = RuntimeError(str(error))
         except RayError as error:
             return self._bury(member, waiting, Lost(str(error).strip().splitlines()[0]))
         member.given.popleft()
@@ -135,6 +150,8 @@ class Crew(Generic[Work]):
         """Why a worker is given up, if it is."""
         limit = patience(member.given[0][0]) if member.given else None
         if limit is None or time.monotonic() - member.since <= limit:
+            return None
+        if ray.wait([member.given[0][1]], timeout=0)[0]:  # it is done, and nobody has come to take it
             return None
         return Lost(f"not done after {limit:g} s", hung=True)
 
@@ -151,3 +168,8 @@ class Crew(Generic[Work]):
         for member in self.members:
             ray.kill(member.handle, no_restart=True)
         self.members = []
+
+
+def _not_started(error: RayError) -> RuntimeError:
+    """What went wrong when a worker was made is at the end of what Ray tells."""
+    return RuntimeError(f"a worker could not be started: {str(error).strip().splitlines()[-1]}")

@@ -3,12 +3,14 @@
 The inner engine is the worker. It cuts the cohort into blocks, which does not depend on the number of workers; blocks
 are placed longest first on whoever is free, neighbours together, and what comes back is folded in the order of the
 blocks. So the bits are those of the inner engine in this process, however many workers there are, and whatever becomes
-of them meanwhile.
+of them meanwhile. Only where a vectorised block goes on killing its workers, or hangs, do its clients run one by one,
+and then the same comes out up to rounding.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +45,8 @@ class Ray(Engine):
         inner: how a worker runs its blocks.
         block: for "vectorised", the most clients in a block.
         address: of a running cluster; None: one of its own, on this machine.
-        deadline: seconds that a client may take; one that takes longer fails, and its worker is killed.
+        deadline: seconds that a client may take, and a block of several for each of them; what a worker has to fetch
+            before its first one counts. A client that takes longer fails, and its worker is killed.
         retries: how often a block is run again whose worker died. A client that goes on killing its workers fails.
     """
 
@@ -68,13 +71,14 @@ class Ray(Engine):
         self.owner = False  # of the connection to the cluster, and of the cluster if it has no address
         names: dict[str, type[Sequential] | type[Vectorised]] = {"sequential": Sequential, "vectorised": Vectorised}
         inner = names.get(self.inner) or kind(self.clients, "cuda" if self.gpus else "cpu")
-        local = inner(self.federation, self.clients, self.seed)
+        arguments = (self.federation, self.clients, self.seed)
+        local = Vectorised(*arguments, self.block) if inner is Vectorised else Sequential(*arguments)
         self.sides: list[Side] = []
-        self.main = self._side(local, self.block)
+        self.main = self._side(local)
 
-    def _side(self, local: Sequential | Vectorised, block: int | None = None) -> Side:
+    def _side(self, local: Sequential | Vectorised) -> Side:
         policy = Policy(self.workers, self.gpus, self.deadline, self.retries)
-        self.sides.append(Side(len(self.sides), local, block, policy, self.start))
+        self.sides.append(Side(len(self.sides), local, policy, self.start))
         return self.sides[-1]
 
     def __repr__(self) -> str:
@@ -85,7 +89,7 @@ class Ray(Engine):
         """The workers; they are started when they are first needed."""
         if self.crew is not None:
             return self.crew
-        self.owner = attach(self.address, self.workers * self.cpus)
+        self.owner = attach(self.address, self.workers * self.cpus) or self.owner  # a start may have failed before
         check_room(self.workers, self.cpus, self.gpus)
         carry_plugins()
         actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, runtime_env=surroundings())(Worker)
@@ -124,17 +128,18 @@ class Ray(Engine):
         def submit(worker: Any, call: Call) -> Any:
             return worker.call.remote(*given, call.item)
 
-        for call, result in crew.carry_out(waiting, submit, lambda call: self.deadline):
-            if isinstance(result, Lost):
-                logger.warning("%s, and was replaced", result.told)
-                call.deaths += 1
-                if not result.hung and call.deaths <= self.retries:
-                    waiting.append(call)
-                    continue
-            found[call.number] = result
-            while done in found:
-                yield found.pop(done)
-                done += 1
+        with closing(crew.carry_out(waiting, submit, lambda call: self.deadline)) as results:
+            for call, result in results:
+                if isinstance(result, Lost):
+                    logger.warning("%s, and was replaced", result.told)
+                    call.deaths += 1
+                    if not result.hung and call.deaths <= self.retries:
+                        waiting.append(call)
+                        continue
+                found[call.number] = result
+                while done in found:
+                    yield found.pop(done)
+                    done += 1
 
 
 @dataclass(eq=False)

@@ -2,8 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import ray
@@ -40,7 +40,6 @@ class Side(Engine):
     Args:
         number: tells it from others on these workers.
         local: the inner engine. Here it cuts cohorts into blocks; on the workers it runs them.
-        block: for a vectorised one, the most clients in a block.
         start: gives the workers.
     """
 
@@ -48,13 +47,12 @@ class Side(Engine):
         self,
         number: int,
         local: Sequential | Vectorised,
-        block: int | None,
         policy: Policy,
         start: Callable[[], Crew[Any]],
     ) -> None:
         self.number, self.local, self.policy, self.start = number, local, policy, start
         self.federation, self.clients = local.federation, local.clients
-        self.inner: Inner = type(local) if block is None else partial(Vectorised, block=block)
+        self.inner: Inner = type(local)
         self.pace = Pace(local.federation, local.clients)
         self.given: Given | None = None
         self.tasks = 0  # so far
@@ -79,11 +77,12 @@ class Side(Engine):
         # A worker that hangs is to be found out soon, so what it is given then is as little as possible.
         among = math.inf if self.policy.deadline else self.policy.workers
         line = Line(task, cohort, blocks, self.pace.expect(task.action, cohort.ids), among)
-        for piece, parts in self._parts(task, cohort, shared, line, gathering.incidents):
-            for part in line.note(piece, parts):
-                if part.fits and isinstance(self.local, Vectorised):
-                    self.local.limit(task.action, part.fits)
-                gathering.take(part)
+        with closing(self._parts(task, cohort, shared, line, gathering.incidents)) as pieces:
+            for piece, parts in pieces:
+                for part in line.note(piece, parts):
+                    if part.fits and isinstance(self.local, Vectorised):
+                        self.local.limit(task.action, part.fits)
+                    gathering.take(part)
         return _kept(gathering)
 
     def _blocks(self, task: Task, cohort: Cohort, shared: ObjectRef[Frozen]) -> Iterable[Sequence[int]]:
@@ -95,30 +94,29 @@ class Side(Engine):
         def width(task: Task, longest: int, ident: int) -> int:
             key = task.action, longest.bit_length()
             if key not in widths:
-                asked = deque([(task.action, longest, ident)])
-                ask = self.start().carry_out(
-                    asked, lambda worker, of: worker.width.remote(shared, *of), lambda of: None
+                widths[key] = self._ask(
+                    lambda worker: worker.width.remote(self._give(), shared, task.action, longest, ident)
                 )
-                for _, found in ask:
-                    if isinstance(found, Exception):
-                        raise found
-                    widths[key] = found
             return min(widths[key], -(-len(cohort.ids) // GPU_BLOCKS))
 
         return self.local.blocks(task, cohort.ids, width)
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """What any worker answers."""
-        for _, answer in self.start().carry_out(deque([None]), lambda worker, _: question(worker), lambda _: None):
-            if isinstance(answer, Lost):
-                raise RuntimeError(answer.told) from answer
-            if isinstance(answer, Exception):
-                raise answer
+        """What any worker answers; where one dies of it, another is asked, as often as work is run again."""
+        asked = deque([0])  # how many have died
+        with closing(self.start().carry_out(asked, lambda worker, _: question(worker), lambda _: None)) as answers:
+            for deaths, answer in answers:
+                if isinstance(answer, Lost) and deaths < self.policy.retries:
+                    asked.append(deaths + 1)
+                elif isinstance(answer, Lost):
+                    raise RuntimeError(f"{answer.told}; it was measuring how many clients fit onto a GPU") from answer
+                elif isinstance(answer, Exception):
+                    raise answer
         return answer
 
     def _parts(
         self, task: Task, cohort: Cohort, shared: ObjectRef[Frozen], line: Line, incidents: list[str]
-    ) -> Iterator[tuple[Piece, list[Part]]]:
+    ) -> Generator[tuple[Piece, list[Part]], None, None]:
         """What comes of each piece, as it comes; a piece that cannot be run falls into smaller ones."""
         waiting = deque(line.pieces)
 
@@ -131,24 +129,25 @@ class Side(Engine):
         def patience(piece: Piece) -> float | None:
             return None if self.policy.deadline is None else self.policy.deadline * len(piece.places)
 
-        for piece, result in self.start().carry_out(waiting, submit, patience):
-            ids = [cohort.ids[place] for place in piece.places]
-            if isinstance(result, Lost):
-                incidents.append(f"{result.told}, and was replaced; it was at {named(ids)}")
-                piece.deaths += 1
-                again = not result.hung and piece.deaths <= self.policy.retries
-                if again and len(piece.blocks) == 1:
-                    waiting.append(piece)
-                elif len(ids) > 1:
-                    waiting.extend(line.divide(piece))
+        with closing(self.start().carry_out(waiting, submit, patience)) as results:  # not when the garbage is collected
+            for piece, result in results:
+                ids = [cohort.ids[place] for place in piece.places]
+                if isinstance(result, Lost):
+                    incidents.append(f"{result.told}, and was replaced; it was at {named(ids)}")
+                    piece.deaths += 1
+                    again = not result.hung and piece.deaths <= self.policy.retries
+                    if again and len(piece.blocks) == 1:
+                        waiting.append(piece)
+                    elif len(ids) > 1:
+                        waiting.extend(line.divide(piece))
+                    else:
+                        told = result.reason if result.hung else f"{piece.deaths} workers died of it: {result.reason}"
+                        yield piece, [Part([], None, {}, {ids[0]: told})]
+                elif isinstance(result, Exception):  # as in this process: the client cannot be run that way at all
+                    raise result
                 else:
-                    told = result.reason if result.hung else f"{piece.deaths} workers died of it: {result.reason}"
-                    yield piece, [Part([], None, {}, {ids[0]: told})]
-            elif isinstance(result, Exception):  # as in this process: the client cannot be run that way at all
-                raise result
-            else:
-                self.pace.learn(task.action, ids, result.seconds)
-                yield piece, [thaw_part(part) for part in result.parts]
+                    self.pace.learn(task.action, ids, result.seconds)
+                    yield piece, [thaw_part(part) for part in result.parts]
 
 
 def _kept(gathering: Gathering) -> Replies:
