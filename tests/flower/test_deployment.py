@@ -89,7 +89,8 @@ def test_all_that_the_project_needs_travels_to_the_nodes(simulation, project):
         travels = set(archive.namelist())
     needed = {path.relative_to(project).as_posix() for path in project.rglob("*") if path.is_file()}
     assert "fedsim/apps.py" in needed
-    assert needed - travels == {"fedsim/py.typed"}  # which only type checkers look for
+    # What only type checkers and readers look for.
+    assert needed - travels == {"fedsim/py.typed", "experiments/benchmarks/systems.svg"}
 
 
 def test_the_link_speaks_tls_alone_and_is_known_by_its_authority(deployment):
