@@ -108,6 +108,8 @@ class Local(Engine):
     @cached_property
     def residents(self) -> dict[str, Client]:
         """The clients, on the device."""
+        if self.place == CPU:
+            return dict(self.clients)
         return {action: moved(client, self.place) for action, client in self.clients.items()}
 
     def receive(self, task: Task) -> Task:

@@ -117,6 +117,12 @@ class Gathering:
             replies = replies._replace(update={})
         self.parts.append(replies)
 
+    def add_block(self, ids: Sequence[int], replies: Reply) -> None:
+        """Takes in the stacked replies of some clients as the next block of the cohort."""
+        block = Gathering(self.who, self.task, Cohort(ids), {})
+        block.add(ids, replies)
+        self.take(block.part())
+
     def _folded(self, replies: Reply) -> Fold | None:
         """The fold of these replies; None where none is wanted."""
         if self.folds is None:

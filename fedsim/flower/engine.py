@@ -38,7 +38,7 @@ class Forms:
         form = frozenset((name, leaf.shape[1:]) for name, leaf in flat.items() if "@" not in name)
         if form not in self.gatherings:
             self.gatherings[form] = Gathering("a node", self.task, self.cohort, {})
-        self.gatherings[form].add(ids, replies)
+        self.gatherings[form].add_block(ids, replies)
 
     def replies(self) -> Replies:
         """Those of the form that most clients have."""

@@ -161,7 +161,7 @@ class Session(Strategy):
             except MalformedMessage as error:
                 gathering.failed[client] = str(error)
         for client, reply in _usual_first(answers):
-            gathering.add([client], reply)
+            gathering.add_block([client], reply)
         gathering.failed |= {client: f"node {node} did not answer" for node, client in silent.items()}
         for client, reason in gathering.failed.items():
             logger.warning("round %d, %s, client %d: %s", task.round, task.action, client, reason)

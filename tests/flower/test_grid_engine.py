@@ -642,9 +642,9 @@ def test_a_mean_is_folded_while_others_are_still_waited_for(land, monkeypatch):
     folded = []
 
     class Watching(engine.Gathering):
-        def add(self, ids, replies):
+        def add_block(self, ids, replies):
             folded.append((one.wire.polls - polls, list(ids)))
-            super().add(ids, replies)
+            super().add_block(ids, replies)
 
     monkeypatch.setattr(engine, "Gathering", Watching)
     polls = one.wire.polls
