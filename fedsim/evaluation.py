@@ -3,6 +3,7 @@
 Only sums travel, so the accuracy over all clients is that of their pooled examples, however unevenly these are spread.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,21 +15,42 @@ from torch import Tensor
 
 from fedsim.client import Client
 from fedsim.engines.engine import Engine
+from fedsim.fairness import Notion, events, unfairness
 from fedsim.model import Model
 from fedsim.ranges import Count
-from fedsim.task import Batch, Cohort, Metrics, Reply, Task, Traffic
+from fedsim.task import Batch, Cohort, Metrics, Reduce, Reply, Task, Traffic
 from fedsim.tree import Tree
+
+NOTIONS: tuple[Notion, ...] = ("demographic parity", "equal opportunity", "equalised odds")
+
+
+class Classifier(ABC):
+    """How a method decides that does more than take the model's largest output."""
+
+    @abstractmethod
+    def __call__(self, shared: Tree, personal: Tree, batch: Batch) -> Tensor:
+        """P(predicted | example), (B, K), out of what the server shared and what the client keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Client):
-    """Counts what the model gets right on a client's test examples.
+    """Counts what is got right on a client's test examples.
 
-    Its metrics are "examples" and sums over examples; divided by "examples" they are what their names say.
+    Its metrics are "examples" and sums over examples; divided by "examples" they are what their names say. With
+    `num_groups` its confusion is counted for each group, and kept apart by client.
+
+    Attributes:
+        model: gives the loss and, if there is no classifier, the prediction: its largest output.
+        num_classes: K; None: the target is no label, and only the loss is counted.
+        num_groups: G, of the column "a"; None: groups are not told apart.
+        classifier: what predicts the label "y" instead; a randomised one counts by its probabilities.
+        part: which part of a client's examples.
     """
 
     model: Model
-    num_classes: Count | None = None  # K; None: the target is no label, and only the loss is counted
+    num_classes: Count | None = None
+    num_groups: Count | None = None
+    classifier: Classifier | None = None
     batch_size: Count = 256
     part: Literal["train", "validation", "test"] = "test"
 
@@ -37,25 +59,39 @@ class Evaluate(Client):
         """Which part of a client's examples is evaluated."""
         return self.part
 
+    @property
+    def reduce(self) -> Reduce:
+        """Whether confusions are summed over clients, or wanted one by one."""
+        return "stack" if self.num_groups else "sum"
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """All counts at zero."""
-        state: Tree = {"params": shared["params"], "loss": torch.zeros((), dtype=torch.float64)}
+        state: Tree = {"shared": shared, "personal": personal, "loss": torch.zeros((), dtype=torch.float64)}
         if self.num_classes is not None:
-            state["confusion"] = torch.zeros((self.num_classes, self.num_classes), dtype=torch.int64)
+            shape = (self.num_groups or 1, self.num_classes, self.num_classes)
+            state["confusion"] = torch.zeros(shape, dtype=torch.int64 if self.classifier is None else torch.float64)
         return state
 
     def step(self, state: Tree, batch: Batch) -> Tree:
         """Counts one batch."""
-        outputs = self.model.predict(state["params"], batch)
-        target, mask = batch[self.model.target], batch["mask"]
-        losses = torch.where(mask, self.model.criterion(outputs, target), 0.0)
+        outputs = self.model.predict(state["shared"]["params"], batch)
+        mask = batch["mask"]
+        losses = torch.where(mask, self.model.criterion(outputs, batch[self.model.target]), 0.0)
         state = state | {"loss": state["loss"] + losses.sum(dtype=torch.float64)}
-        if self.num_classes is not None:
-            classes = torch.arange(self.num_classes)
-            truth = ((target[:, None] == classes) & mask[:, None]).float()  # (B, K); bfloat16 cannot count beyond 256
-            guess = (outputs.argmax(-1)[:, None] == classes).float()  # (B, K)
-            state["confusion"] = state["confusion"] + (truth.T @ guess).to(torch.int64)
-        return state
+        if self.num_classes is None:
+            return state
+        if self.classifier is None:
+            # float, because bfloat16 cannot count beyond 256
+            guess = (outputs.argmax(-1)[:, None] == torch.arange(self.num_classes)).float()  # (B, K)
+            label = batch[self.model.target]
+        else:
+            guess = self.classifier(state["shared"], state["personal"], batch).double()
+            label = batch["y"]
+        cell = label + self.num_classes * batch["a"] if self.num_groups else label
+        cells = torch.arange((self.num_groups or 1) * self.num_classes)
+        truth = ((cell[:, None] == cells) & mask[:, None]).to(guess.dtype)  # (B, G K)
+        counts = (truth.T @ guess).reshape(state["confusion"].shape)
+        return state | {"confusion": state["confusion"] + counts.to(state["confusion"].dtype)}
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The counts."""
@@ -63,8 +99,10 @@ class Evaluate(Client):
         metrics = {"examples": examples, "loss": state["loss"]}
         if self.num_classes is None:
             return Reply({}, examples.to(torch.float64), metrics=metrics)
-        metrics["accuracy"] = state["confusion"].diagonal().sum()
-        return Reply({"confusion": state["confusion"]}, examples.to(torch.float64), metrics=metrics)
+        confusion = state["confusion"]
+        metrics["accuracy"] = confusion.diagonal(dim1=1, dim2=2).sum()
+        update = {"confusion": confusion.sum(0)} if self.num_groups is None else {"groups": confusion}
+        return Reply(update, examples.to(torch.float64), metrics=metrics)
 
 
 class Evaluation(NamedTuple):
@@ -76,11 +114,12 @@ class Evaluation(NamedTuple):
     failed: dict[int, str]
     traffic: Traffic = Traffic()
     incidents: Sequence[str] = ()
+    groups: Tensor | None = None  # (C, G, K, K), the confusion by client and group
 
 
-def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evaluation:
-    """What the experiment's evaluation client counts on this cohort."""
-    replies = engine.execute(Task("evaluate", shared, cohort.ids, round, reduce="sum"), cohort)
+def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: Reduce = "sum") -> Evaluation:
+    """What the experiment's evaluation client counts on this cohort; `reduce` as that client wants it."""
+    replies = engine.execute(Task("evaluate", shared, cohort.ids, round, reduce=reduce), cohort)
     sums = {name: values.double().numpy() for name, values in replies.metrics.items()}
     examples = sums.pop("examples", np.zeros(len(replies.ids)))
     total = float(examples.sum())
@@ -88,15 +127,36 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int) -> Evalua
     with np.errstate(divide="ignore", invalid="ignore"):
         clients = {name: values / examples for name, values in sums.items()}
     clients = {"client": np.array(replies.ids, dtype=np.float64), "examples": examples} | clients
-    confusion = replies.update.get("confusion")
-    return Evaluation(pooled, clients, confusion, replies.failed, replies.traffic, replies.incidents)
+    confusion, groups = replies.update.get("confusion"), replies.update.get("groups")
+    if groups is not None:
+        confusion = groups.sum((0, 1))
+        pooled |= {name: float(value) for name, value in disparities(groups.sum(0)).items()}
+        clients |= {name: value.numpy() for name, value in disparities(groups).items()}
+    return Evaluation(pooled, clients, confusion, replies.failed, replies.traffic, replies.incidents, groups)
+
+
+def disparities(groups: Tensor) -> dict[str, Tensor]:
+    """How far groups are apart, by each notion, (...), out of confusions (..., G, K, K).
+
+    A gap is the largest difference of a rate between two groups, a deviation the largest from the pooled rate.
+    """
+    found: dict[str, Tensor] = {}
+    for notion in NOTIONS:
+        gaps = unfairness(events(notion, groups.shape[-1]), groups.double())
+        name = notion.replace(" ", "_")
+        found |= {f"{name}_gap": gaps.gap.amax(-1), f"{name}_deviation": gaps.deviation.amax(-1)}
+    return found
 
 
 def spread(evaluation: Evaluation) -> Metrics:
-    """How unevenly measures are spread over the clients that have examples: least, 10th percentile, deviation."""
+    """How unevenly measures are spread over the clients that have examples: least, 10th percentile, deviation.
+
+    Of how far groups are apart, the most at any client, as "local_<measure>".
+    """
     some = evaluation.clients["examples"] > 0
-    metrics: Metrics = {}
-    for name in evaluation.pooled.keys() - {"examples", "loss"}:
+    apart = set(disparities(evaluation.groups)) if evaluation.groups is not None else set()
+    metrics: Metrics = {f"local_{name}": float(evaluation.clients[name][some].max()) for name in sorted(apart)}
+    for name in evaluation.pooled.keys() - apart - {"examples", "loss"}:
         values = evaluation.clients[name][some]
         metrics |= {f"{name}/min": float(values.min()), f"{name}/p10": float(np.quantile(values, 0.1))}
         metrics[f"{name}/std"] = float(values.std())

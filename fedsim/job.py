@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsim.config import Assembly, ConfigError, Experiment
 from fedsim.engines.engine import Engine
-from fedsim.evaluation import Evaluation, evaluate, spread
+from fedsim.evaluation import Evaluate, Evaluation, evaluate, spread
 from fedsim.foreign import Foreign
 from fedsim.progress import Display, Silent
 from fedsim.randomness import rng
@@ -159,7 +159,7 @@ def _whereabouts(error: BaseException, path: Path) -> str:
 def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tracker | None) -> None:
     """Evaluates if it is time, writes the round down, and then the checkpoint: what a checkpoint covers is on disk."""
     plan, snapshot = job.plan, step.snapshot
-    number, last = snapshot.round, snapshot.round == plan.rounds
+    number, last = snapshot.round, snapshot.round == plan.rounds or step.done
     own: Metrics = {
         "round": number,
         "seconds": step.seconds,
@@ -168,12 +168,12 @@ def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tra
         "bytes_down": step.traffic.down,
         "bytes_up": step.traffic.up,
     }
-    if taken := own.keys() & step.metrics.keys():
+    if taken := (own.keys() | {"converged"}) & step.metrics.keys():
         raise ValueError(
             f"round {number}: the strategy measures {', '.join(map(repr, sorted(taken)))}, a name that every round "
             f"has already ({', '.join(own)}): give it another one"
         )
-    metrics = own | step.metrics
+    metrics = own | ({"converged": 1} if step.done else {}) | step.metrics
     directory.record_failures(number, step.failed)
     directory.record_incidents(number, step.incidents)  # before the evaluation, which may raise
     incidents = list(step.incidents)
@@ -188,7 +188,7 @@ def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tra
             metrics |= {f"clients/{measure}": value for measure, value in spread(parts["clients"]).items()}
             down, up = parts["clients"].traffic
             metrics |= {"evaluate/bytes_down": down, "evaluate/bytes_up": up}
-        directory.save_evaluation(number, parts, job.assembly.federation.names.get("y", ()))
+        directory.save_evaluation(number, parts, job.assembly.federation.names)
     directory.record(metrics)
     if number % plan.checkpoint_every == 0 or last:
         directory.save(snapshot, plan.keep_checkpoints)
@@ -225,7 +225,9 @@ def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:
     engine, ids = job.cohorts[name]
     shared = job.assembly.strategy.shared(snapshot.state)
     personal = snapshot.personal.gather(ids) if name == "clients" else snapshot.personal.newcomers(len(ids))
-    found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round)
+    client = job.assembly.clients["evaluate"]
+    reduce = client.reduce if isinstance(client, Evaluate) else "sum"
+    found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round, reduce)
     if len(found.failed) == len(ids) or (found.failed and name == "test"):  # of which a part says nothing
         raise RuntimeError(f"round {snapshot.round}: evaluation failed: {next(iter(found.failed.values()))}")
     return found

@@ -119,8 +119,8 @@ def simulate(
         resume: the directory of a run of the same objects, to go on with.
         display: what to show meanwhile; nothing if None.
     """
-    classes = len(federation.names["y"]) if "y" in federation.names else None
-    actions = {"evaluate": Evaluate(model=model, num_classes=classes)} | dict(clients)
+    classes, groups = (len(federation.names[name]) if name in federation.names else None for name in ("y", "a"))
+    actions = {"evaluate": Evaluate(model=model, num_classes=classes, num_groups=groups)} | dict(clients)
     adopted, sample = adopt(strategy, sample or everyone(federation.num_clients), federation.num_clients, plan.seed)
     assembly = Assembly(federation, model, adopted, actions, sample, engine(federation, actions, plan.seed))
     told = {name: repr(value) for name, value in {"strategy": strategy, **clients}.items()}

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from fedsim import tree
 from fedsim.evaluation import Evaluation
 from fedsim.simulation import Snapshot
-from fedsim.task import Metrics
+from fedsim.task import Metrics, Params
 
 try:
     import fcntl
@@ -109,13 +110,17 @@ class Run:
         lines = read_lines(self.metrics_file)
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
-    def save_evaluation(self, round: int, parts: Mapping[str, Evaluation], classes: tuple[str, ...]) -> None:
+    def save_evaluation(
+        self, round: int, parts: Mapping[str, Evaluation], names: Mapping[str, tuple[str, ...]]
+    ) -> None:
         """Writes the last evaluation: clients.csv and evaluation.json."""
         found: dict[str, Any] = {"round": round}
         for name, part in parts.items():
             found[name] = dict(part.pooled)
             if part.confusion is not None:
-                found[name] |= {"confusion": part.confusion.tolist(), "classes": list(classes)}
+                found[name] |= {"confusion": part.confusion.tolist(), "classes": list(names.get("y", ()))}
+            if part.groups is not None:  # summed over clients
+                found[name] |= {"groups": part.groups.sum(0).tolist(), "group_names": list(names.get("a", ()))}
         if "clients" in parts:
             replace(self.path / "clients.csv", as_csv(parts["clients"].clients).encode())
         replace(self.path / "evaluation.json", json.dumps(found).encode())
@@ -167,6 +172,33 @@ class Run:
 
 def _opened(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def trained(path: Path, seed: int = 0) -> Params:
+    """The model of a run's last checkpoint.
+
+    Args:
+        path: the run's directory; or a folder of runs: of these, the latest with this seed.
+        seed: of the run, where there are several.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no checkpoint yet.
+        ValueError: its checkpoint is damaged, or holds no model.
+    """
+    runs = [path] if (path / "experiment.toml").is_file() else sorted(path.glob(f"*-*-{seed}*/"))
+    runs = [run for run in runs if run == path or re.fullmatch(rf"\d+-\d+-{seed}(-\d+)?", run.name)]
+    if not runs:
+        raise FileNotFoundError(f"{path} is no run, nor does it hold one with the seed {seed}")
+    found = Run.open(runs[-1]).checkpoints()
+    if not found:
+        raise FileNotFoundError(f"{runs[-1]} has no checkpoint to take a model from")
+    flat, _ = read_checkpoint(found[-1])
+    model = {
+        name.removeprefix("state/params/"): leaf for name, leaf in flat.items() if name.startswith("state/params/")
+    }
+    if not model:
+        raise ValueError(f"checkpoint {found[-1]} holds no model: its leaves are {', '.join(sorted(flat))}")
+    return model
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:

@@ -32,6 +32,7 @@ class Round(NamedTuple):
     traffic: Traffic
     seconds: float
     incidents: Sequence[str] = ()  # what else went wrong, and was made good
+    done: bool = False  # no other round follows: the strategy has what it wants
 
 
 class TooFewReplies(RuntimeError):  # noqa: N818 - says what happened
@@ -55,7 +56,7 @@ def begin(
 def rounds(
     strategy: Strategy, engine: Engine, sample: Sampler, snapshot: Snapshot, min_replies: int = 1
 ) -> Iterator[Round]:
-    """The rounds after `snapshot`, for as long as the caller takes them.
+    """The rounds after `snapshot`, until the strategy is done, or for as long as the caller takes them.
 
     With `min_replies` 0, a round in which nobody answers leaves the state as it is.
 
@@ -64,7 +65,7 @@ def rounds(
     """
     state, personal = snapshot.state, snapshot.personal
     number = snapshot.round
-    while True:
+    while not strategy.done(state):
         number += 1
         start = time.perf_counter()
         task = strategy.configure(state, number)._replace(round=number)
@@ -86,4 +87,5 @@ def rounds(
             Traffic(replies.traffic.down + lost, replies.traffic.up),
             time.perf_counter() - start,
             replies.incidents,
+            strategy.done(state),
         )

@@ -50,6 +50,10 @@ class Strategy(flwr.serverapp.strategy.Strategy):
         """What the clients that evaluate receive; more than the model where a method decides with more than that."""
         return {"params": self.params(state)}
 
+    def done(self, state: Tree) -> bool:
+        """Whether no further round would change anything that matters: a run ends then, before its last round."""
+        return False
+
     # Flower's side, written once for all strategies.
 
     def start(

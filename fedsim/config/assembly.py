@@ -106,7 +106,8 @@ def _supply(
     context["partition"] = _made(recipes["partition"], context, Partition)
     federation = context["federation"] = _made(recipes["split"], context, Federation)
     context["num_clients"] = federation.num_clients
-    context["num_classes"] = len(federation.names["y"]) if "y" in federation.names else None
+    for name, column in (("num_classes", "y"), ("num_groups", "a")):
+        context[name] = len(federation.names[column]) if column in federation.names else None
     model = context["model"] = _made(recipes["model"], context, Model)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
     return context, Supplies(federation, model, clients)

@@ -1,6 +1,7 @@
 """Experiments: read from a file, and checked."""
 
 import copy
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,9 +61,9 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("fedsim.datasets", ("seed",)),
     "partition": ("fedsim.partitions", ("columns", "seed")),
     "split": ("fedsim.splits", ("dataset", "partition", "seed")),
-    "model": ("fedsim.models", ("federation", "num_classes", "seed")),
-    "strategy": ("fedsim.strategies", ("federation", "model", "num_classes", "num_clients", "seed")),
-    "clients": ("fedsim.clients", ("federation", "model", "num_classes", "num_clients", "seed")),
+    "model": ("fedsim.models", ("federation", "num_classes", "num_groups", "seed")),
+    "strategy": ("fedsim.strategies", ("federation", "model", "num_classes", "num_clients", "num_groups", "seed")),
+    "clients": ("fedsim.clients", ("federation", "model", "num_classes", "num_clients", "num_groups", "seed")),
     "sample": ("fedsim.samplers", ("federation", "num_clients", "seed")),
     "engine": ("fedsim.engines", ("federation", "clients", "seed")),
 }
@@ -85,6 +86,7 @@ def read(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) ->
         tables, folder, label = _parse(path), path.resolve().parent, str(path)
     for change in changes:
         _change(tables, change)
+    tables = _referred(tables, tables, label)
     if isinstance(tables.get("split"), Mapping):
         tables["split"] = SPLIT | tables["split"]
     try:
@@ -172,6 +174,25 @@ def _change(tables: Table, change: str) -> None:
         if not isinstance(branch, dict):
             raise ConfigError(f"--set {shown(change)}: {part} = {shown(branch)}, which is not a table")
     branch[last] = value
+
+
+def _referred(value: Any, tables: Table, label: str, where: str = "", path: tuple[str, ...] = ()) -> Any:
+    """The same with the values that "${strategy.notion}" and the like stand for."""
+    if isinstance(value, dict):
+        return {k: _referred(v, tables, label, f"{where}.{k}".lstrip("."), path) for k, v in value.items()}
+    if not (isinstance(value, str) and (match := re.fullmatch(r"\$\{([^{}]+)\}", value))):
+        return value
+    key = match[1]
+    if key in path:
+        raise ConfigError(f"{label}: {where} = {shown(value)}: refers to itself, by way of {' and '.join(path)}")
+    found: Any = tables
+    for depth, part in enumerate(key.split(".")):
+        if not isinstance(found, dict) or part not in found:
+            there = closest(part, found) if isinstance(found, dict) else ""
+            at = ".".join(key.split(".")[: depth + 1])
+            raise ConfigError(f"{label}: {where} = {shown(value)}: {at} is missing: it must be there to refer to{there}")
+        found = found[part]
+    return _referred(found, tables, label, where, (*path, key))
 
 
 def _absolute(experiment: Experiment, folder: Path | None) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def dirichlet_balanced(
     column: str = "a",
     min_size: Natural = 10,
     min_cell: Natural = 0,
+    draws: Count = TRIES,
 ) -> Partition:
     """As `dirichlet`, but a client that already holds E / N rows gets none of the next value.
 
@@ -67,7 +68,7 @@ def dirichlet_balanced(
     Everything is drawn again until every client has at least `min_size` rows, and `min_cell` of each value.
 
     Raises:
-        ValueError: if the minima were not reached in 50 draws.
+        ValueError: if the minima were not reached in so many draws.
     """
     examples = _room(columns, "dirichlet_balanced", clients, min_size)
     codes = _codes(columns, column)
@@ -83,7 +84,7 @@ def dirichlet_balanced(
             held += counts
             yield rows, counts
 
-    return _redraw(draw, "dirichlet_balanced", seed, examples, clients, min_size, codes, min_cell)
+    return _redraw(draw, "dirichlet_balanced", seed, examples, clients, min_size, codes, min_cell, draws)
 
 
 @checked
@@ -206,13 +207,14 @@ def _redraw(
     min_size: int,
     codes: Ints | None = None,
     min_cell: int = 0,
+    draws: int = TRIES,
 ) -> Partition:
     """The first draw in which every client has `min_size` rows, and `min_cell` of each code.
 
     A draw says of every group of rows how many each client gets; which of them is drawn here.
     """
     best_size, best_cell = 0, 0
-    for attempt in range(TRIES):
+    for attempt in range(draws):
         random = rng(seed, name, attempt)
         owner = np.empty(examples, dtype=np.int64)
         for rows, counts in draw(random):
@@ -224,7 +226,7 @@ def _redraw(
         best_size, best_cell = max(best_size, size), max(best_cell, cell)
     cells = f", and at best {best_cell} of some value where min_cell = {min_cell}" if min_cell else ""
     raise ValueError(
-        f"{name}: in {TRIES} draws of {examples} examples for {clients} clients, the smallest client had at best "
+        f"{name}: in {draws} draws of {examples} examples for {clients} clients, the smallest client had at best "
         f"{best_size} where min_size = {min_size}{cells}: ask for less, for fewer clients or for more even shares"
     )
 

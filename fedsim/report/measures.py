@@ -8,9 +8,9 @@ import numpy as np
 
 from fedsim.report.reading import RunRecord
 
-_ROUND = ("round", "seconds", "clients", "failed", "bytes_down", "bytes_up")
+_ROUND = ("round", "seconds", "clients", "failed", "bytes_down", "bytes_up", "converged")
 BOOKKEEPING = frozenset({*_ROUND, "evaluate/bytes_down", "evaluate/bytes_up"})
-_LOWER = frozenset({"loss", "error", "rmse", "mae", "mse", "perplexity", "gap", "violation", "disparity"})
+_LOWER = frozenset({"loss", "error", "rmse", "mae", "mse", "perplexity", "gap", "deviation", "violation", "disparity"})
 _HIGHER = frozenset({"accuracy", "auc", "f1", "precision", "recall", "hr", "ndcg", "mrr", "map"})
 
 

@@ -61,6 +61,12 @@ class RunRecord:
         return str(self.experiment.get("name", self.path.name))
 
     @property
+    def unfinished(self) -> bool:
+        """Whether there should be more rounds: fewer than were asked for, and the strategy was not done before."""
+        asked = self.rounds_asked
+        return asked is not None and len(self.rounds) < asked and "converged" not in self.metrics
+
+    @property
     def rounds_asked(self) -> int | None:
         """How many rounds the experiment is meant to have."""
         asked = self.experiment.get("rounds")
@@ -211,7 +217,7 @@ def _confusions(path: Path, evaluation: dict[str, Any]) -> dict[str, Confusion]:
     for name, part in evaluation.items():
         if not isinstance(part, dict) or not part.get("confusion"):
             continue
-        counts = np.array(part["confusion"], dtype=np.int64)
+        counts = np.rint(np.array(part["confusion"], dtype=np.float64)).astype(np.int64)
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
             raise ValueError(f"{path} is damaged: {name}.confusion must be square, got shape {counts.shape}")
         names = [str(label) for label in part.get("classes") or ()][: len(counts)]

@@ -122,7 +122,7 @@ def summary(group: Sequence[RunRecord], settings: dict[str, str], measures: Sequ
         tuple(record.experiment.get("seed") for record in group),
         settings,
         values,
-        sum(record.rounds_asked is not None and len(record.rounds) < record.rounds_asked for record in group),
+        sum(record.unfinished for record in group),
         tuple(record.path for record in group),
     )
 

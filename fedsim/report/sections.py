@@ -51,6 +51,8 @@ def headline(record: RunRecord) -> list[Fact]:
             facts.append(Fact(label(name), measure(found.last), best))
     done, asked = len(record.rounds), record.rounds_asked
     some = f"of {count(asked)} asked for" if asked is not None and asked != done else ""
+    if some and not record.unfinished:
+        some = f"then it had converged; {count(asked or 0)} allowed"
     facts.append(Fact("Rounds", count(done), some))
     facts += [*_people(record), *_costs(record)]
     missing = len(record.failures) or int(total(record, "failed") or 0)
