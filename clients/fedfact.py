@@ -31,7 +31,7 @@ from torch import Tensor
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.evaluation import Classifier
-from fedsim.fairness import Events, Notion, ascend, costs, count, deviations, events, prices
+from fedsim.fairness import Events, Notion, ascend, costs, count, deviations, events, known, prices
 from fedsim.model import Model, gradient, mean
 from fedsim.optim import Optimiser, sgd
 from fedsim.ranges import Count, NonNegative, Positive, Probability
@@ -100,7 +100,7 @@ class FairSgd(Client):
         """Steps 1 to 4, on all examples."""
         mixed = mixture(shared, personal)
         outputs = {name: self.model.predict(params, data) for name, params in models(mixed).items()}  # (n, K) each
-        labels = truth(data, self.num_groups, self.num_classes, outputs["shared"].dtype)
+        labels = known(data, self.num_groups, self.num_classes, outputs["shared"].dtype)
         size = data["mask"].sum().clamp(min=1)
         taken, among = (part / size for part in count(self.events, labels, decide(outputs, mixed)))
         charged = shared["price"] + prices(personal["dual"][0] - personal["dual"][1], among)
@@ -192,13 +192,6 @@ def decide(outputs: dict[str, Tensor], mixed: Tree) -> Tensor:
     if "own" in outputs:
         scores = mixed["weight"] * scores + (1 - mixed["weight"]) * outputs["own"].softmax(-1)
     return (scores.argmax(-1)[:, None] == torch.arange(scores.shape[-1])).to(scores.dtype)
-
-
-def truth(data: Batch, num_groups: int, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """P(group, label | example), (n, G, K), where both are known: one-hot, and zero for padding."""
-    cell = data["a"] * num_classes + data["y"]
-    known = (cell[:, None] == torch.arange(num_groups * num_classes)) & data["mask"][:, None]
-    return known.to(dtype).reshape(-1, num_groups, num_classes)
 
 
 def cost_matrix(found: Events, price: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:

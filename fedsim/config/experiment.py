@@ -190,7 +190,9 @@ def _referred(value: Any, tables: Table, label: str, where: str = "", path: tupl
         if not isinstance(found, dict) or part not in found:
             there = closest(part, found) if isinstance(found, dict) else ""
             at = ".".join(key.split(".")[: depth + 1])
-            raise ConfigError(f"{label}: {where} = {shown(value)}: {at} is missing: it must be there to refer to{there}")
+            raise ConfigError(
+                f"{label}: {where} = {shown(value)}: {at} is missing: it must be there to refer to{there}"
+            )
         found = found[part]
     return _referred(found, tables, label, where, (*path, key))
 

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from fedsim.fairness.notions import Events
+from fedsim.task import Batch
+
+
+def known(data: Batch, num_groups: int, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """P(group, label | example), (n, G, K), where columns "a" and "y" tell both: one-hot, and zero for padding."""
+    cell = data["a"] * num_classes + data["y"]
+    here = (cell[:, None] == torch.arange(num_groups * num_classes)) & data["mask"][:, None]
+    return here.to(dtype).reshape(-1, num_groups, num_classes)
 
 
 def belonging(found: Events, scores: Tensor) -> Tensor:
