@@ -11,10 +11,10 @@ from fedsim.model import Model
 from fedsim.ranges import Count, Natural, Probability, checked
 
 
-def _classes(federation: Federation) -> int:
-    if "y" in federation.names:
-        return len(federation.names["y"])
-    raise ValueError(f"{federation.name} names no classes: a classifier needs names of the values of y")
+def _classes(federation: Federation, target: str) -> int:
+    if target in federation.names:
+        return len(federation.names[target])
+    raise ValueError(f"{federation.name} names no classes: a classifier needs names of the values of {target}")
 
 
 def _features(federation: Federation) -> torch.Size:
@@ -31,33 +31,46 @@ def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 @checked
-def logistic(federation: Federation) -> Model:
-    """Multinomial logistic regression, starting from zero."""
-    module = nn.Sequential(nn.Flatten(), nn.Linear(_features(federation).numel(), _classes(federation)))
+def logistic(federation: Federation, target: str = "y") -> Model:
+    """Multinomial logistic regression, starting from zero; `target` is the column that it learns."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(_features(federation).numel(), _classes(federation, target)))
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
-    return Model(module)
+    return Model(module, target=target)
 
 
 @checked
 def mlp(
-    federation: Federation, seed: Natural = 0, hidden: Sequence[Count] = (200, 200), dropout: Probability = 0.0
+    federation: Federation,
+    seed: Natural = 0,
+    hidden: Sequence[Count] = (200, 200),
+    dropout: Probability = 0.0,
+    target: str = "y",
 ) -> Model:
-    """A multi-layer perceptron with ReLU."""
+    """A multi-layer perceptron with ReLU; `target` is the column that it learns."""
     widths = [_features(federation).numel(), *hidden]
 
     def build() -> nn.Module:
         parts: list[nn.Module] = [nn.Flatten()]
         for into, out in pairwise(widths):
             parts += [nn.Linear(into, out), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
-        return nn.Sequential(*parts, nn.Linear(widths[-1], _classes(federation)))
+        return nn.Sequential(*parts, nn.Linear(widths[-1], _classes(federation, target)))
 
-    return Model(seeded(seed, build))
+    return Model(seeded(seed, build), target=target)
 
 
 @checked
-def cnn(federation: Federation, seed: Natural = 0, channels: Sequence[Count] = (16, 32), hidden: Count = 64) -> Model:
-    """A CNN: per entry of `channels` a 3x3 convolution, ReLU and 2x2 max pooling; one hidden layer."""
+def cnn(
+    federation: Federation,
+    seed: Natural = 0,
+    channels: Sequence[Count] = (16, 32),
+    hidden: Count = 64,
+    target: str = "y",
+) -> Model:
+    """A CNN: per entry of `channels` a 3x3 convolution, ReLU and 2x2 max pooling; one hidden layer.
+
+    `target` is the column that it learns.
+    """
     shape = _features(federation)
     if len(shape) != 3:
         raise ValueError(
@@ -73,6 +86,6 @@ def cnn(federation: Federation, seed: Natural = 0, channels: Sequence[Count] = (
         for into, out in pairwise([depth, *channels]):
             parts += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         inner = nn.Linear([depth, *channels][-1] * size[0] * size[1], hidden)
-        return nn.Sequential(*parts, nn.Flatten(), inner, nn.ReLU(), nn.Linear(hidden, _classes(federation)))
+        return nn.Sequential(*parts, nn.Flatten(), inner, nn.ReLU(), nn.Linear(hidden, _classes(federation, target)))
 
-    return Model(seeded(seed, build))
+    return Model(seeded(seed, build), target=target)

@@ -1,6 +1,6 @@
 """Dataset: the columns of one data set, before they are divided among clients."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -35,3 +35,22 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+
+def joint_labels(dataset: Dataset) -> Dataset:
+    """The same with a column "ay" of group and label together, a K + y: what attribute-blind methods learn to score."""
+    missing = {"a", "y"} - dataset.names.keys()
+    if missing:
+        raise ValueError(f"{dataset.name} names no values of {' and '.join(sorted(missing))}: joint labels need both")
+    labels = dataset.names["y"]
+
+    def joined(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        return columns | ({"ay": columns["a"] * len(labels) + columns["y"]} if columns else {})
+
+    names = tuple(f"{group}, {label}" for group in dataset.names["a"] for label in labels)
+    return replace(
+        dataset,
+        columns=joined(dataset.columns),
+        test=joined(dataset.test),
+        names=dataset.names | {"ay": names},
+    )
