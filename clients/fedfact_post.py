@@ -27,7 +27,6 @@ rates of equal opportunity and equalised odds are normalised by what the scores 
 so that a constant classifier is fair by them. Steps follow from the curvature.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -37,7 +36,19 @@ from torch import Tensor
 
 from fedsim.client import Client
 from fedsim.evaluation import Classifier
-from fedsim.fairness import Events, Notion, ascend, belonging, costs, curvature, deviations, events, prices, slackness
+from fedsim.fairness import (
+    Events,
+    Notion,
+    accelerated,
+    ascend,
+    belonging,
+    costs,
+    curvature,
+    deviations,
+    events,
+    prices,
+    slackness,
+)
 from fedsim.model import Model
 from fedsim.ranges import Count, NonNegative, Positive, check_fields
 from fedsim.task import Batch, Params, Reply
@@ -118,8 +129,9 @@ class Calibrate(Client):
         params = self.model.params
         among = next(iter(params.values())).new_zeros((self.num_groups, len(self.events.classes)))
         cost = among.new_zeros((self.num_groups, self.num_classes, self.num_classes))
-        kept = {"params": params, "among": among, "curvature": among.new_zeros(())}
-        return kept | {"dual": torch.stack([among, among]), "cost": cost}
+        kept = {"params": params, "among": among, "curvature": among.new_zeros(()), "cost": cost}
+        dual = torch.stack([among, among])
+        return kept | {"dual": dual, "ahead": dual, "momentum": among.new_ones(())}
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The steps on mu, and the decisions that follow."""
@@ -134,26 +146,17 @@ class Calibrate(Client):
             chosen = self._response(reward(scores, costs(self.events, price)))
             return torch.einsum("ngv,nv->gv", belongs, chosen[:, self.events.classes])
 
-        dual = personal["dual"]
-        gap = torch.zeros((), dtype=torch.float64)
-        if self.local_tolerance is not None:
-            step = self.temperature / personal["curvature"].clamp(min=1e-12)
-            dual = self._improve(dual, lambda z: deviations(taken(z), among), step)
-        found = taken(dual)
-        if self.local_tolerance is not None:
-            gap = slackness(dual, deviations(found, among), self.local_tolerance, self.bound).double()
-        return {"dual": dual, "taken": found, "gap": gap, "among": among}
-
-    def _improve(self, dual: Tensor, apart: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
-        """Nesterov's method: descent on the smooth maximum is ascent on the Lagrangian."""
-        assert self.local_tolerance is not None
-        ahead, momentum = dual, 1.0
+        kept = {name: personal[name] for name in ("dual", "ahead", "momentum", "among")}
+        if self.local_tolerance is None:
+            return kept | {"taken": taken(kept["dual"]), "gap": torch.zeros((), dtype=torch.float64)}
+        step = self.temperature / personal["curvature"].clamp(min=1e-12)  # 1 / (2 L)
         for _ in range(self.steps):
-            new = ascend(ahead, apart(ahead), self.local_tolerance, step, self.bound)
-            after = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            ahead = (new + (momentum - 1) / after * (new - dual)).clamp(min=0)
-            dual, momentum = new, after
-        return dual
+            apart = deviations(taken(kept["ahead"]), among)
+            new = ascend(kept["ahead"], apart, self.local_tolerance, step, self.bound)
+            kept |= accelerated(kept["dual"], kept["ahead"], kept["momentum"], new, self.bound)
+        found = taken(kept["dual"])
+        gap = slackness(kept["dual"], deviations(found, among), self.local_tolerance, self.bound)
+        return kept | {"taken": found, "gap": gap.double()}
 
     def _response(self, rewards: Tensor) -> Tensor:
         """The slope of the smooth maximum at each example's rewards, (n, K)."""
@@ -169,10 +172,11 @@ class Calibrate(Client):
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """What is taken for what; the multipliers stay here, as does what they take from the reward of a decision."""
-        cost = costs(self.events, prices(state["dual"][0] - state["dual"][1], state["among"]))
+        kept = {name: state[name] for name in ("dual", "ahead", "momentum")}
+        kept["cost"] = costs(self.events, prices(state["dual"][0] - state["dual"][1], state["among"]))
         metrics = {"gap": state["gap"]} if self.smoothing == "log-sum-exp" else {}
-        kept = {"dual": state["dual"], "cost": cost}
-        return Reply({"taken": state["taken"]}, data["mask"].sum().to(cost.dtype), kept, metrics)
+        update = {"taken": state["taken"], "among": state["among"]}
+        return Reply(update, data["mask"].sum().to(state["taken"].dtype), kept, metrics)
 
 
 @dataclass(frozen=True)

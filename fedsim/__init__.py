@@ -19,7 +19,7 @@ from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.evaluation import Evaluate
 from fedsim.job import Plan, Result
-from fedsim.launch import resume, run, run_app, simulate
+from fedsim.launch import resume, run, run_app, simulate, sweep
 from fedsim.model import Model, gradient
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.strategy import Strategy
@@ -65,5 +65,6 @@ __all__ = [
     "run",
     "run_app",
     "simulate",
+    "sweep",
     "tree",
 ]

@@ -12,7 +12,7 @@ import tomli_w
 import torch
 
 from fedsim.client import Client
-from fedsim.config import Assembly, ConfigError, assemble, assignment, fingerprints, read, resolve
+from fedsim.config import Assembly, ConfigError, assemble, assignment, fingerprints, read, resolve, variants
 from fedsim.data.federation import Federation
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import auto
@@ -61,6 +61,8 @@ def run(
         TooFewReplies: the run ended early; its directory holds a checkpoint.
     """
     asked = resolve(*read(experiment, changes))
+    if asked.sweep:
+        raise ConfigError(f"sweep: {asked.name} is several runs, over {', '.join(asked.sweep)}: fedsim.sweep runs them")
     with threads(asked.threads):
         parts = assemble(asked)
         if engine is not None:
@@ -68,6 +70,30 @@ def run(
             parts = parts._replace(engine=engine(parts.federation, parts.clients, asked.seed))
         job = prepare(parts, Plan.of(asked), asked.model_dump(), tracker)
         return drive(job, _create(Path(root), job, asked.toml()), False, display)
+
+
+def sweep(
+    experiment: str | Path | Mapping[str, Any],
+    *,
+    seeds: Sequence[int] = (),
+    changes: Sequence[str] = (),
+    root: str | Path = "runs",
+    tracker: str | None = None,
+    display: DisplayFor | None = None,
+) -> Iterator[Result]:
+    """Runs every variant of an experiment, with every seed; without a sweep in it, the experiment itself.
+
+    Args:
+        experiment: what to run; its `sweep` says which values which keys take.
+        seeds: of the runs; none: the experiment's own.
+        changes: as for `run`, and so are the others.
+
+    Raises:
+        ConfigError: a variant is wrong; nothing was run.
+    """
+    for variant in variants(experiment, changes):
+        for chosen in [[f"seed={seed}"] for seed in seeds] or [[]]:
+            yield run(experiment, changes=[*variant, *chosen], root=root, tracker=tracker, display=display)
 
 
 def resume(

@@ -10,14 +10,15 @@ from the multipliers lambda (global) and mu_k (of client k), and p_k the clients
 2. "measure", once: clients get the model and tell how much of each group falls under each event by their scores, and
    the second moments of that, (U, U), of which the step 1 / (2 L) follows.
 3. "calibrate", every other round: clients get the price of each group and event, |U| numbers, improve their mu_k, and
-   tell how much is taken for each event's class, |U| numbers, of which the gradient follows.
+   tell how much is taken for each event's class out of how much, 2 |U| numbers, of which the gradient follows.
 
 The local side is `clients.fedfact_post`: `Measure`, `Calibrate`, and the classifier that comes out, `Calibrated`.
 
 Symbols: `global_tolerance` is the paper's xi_g, `bound` its B_d, `temperature` its beta.
 
 Differs from the paper: lambda is extrapolated as in Nesterov's method, started anew when that leads uphill, and steps
-follow from the curvature. It ends when the duality gap is small. Prices travel, not multipliers: half as many numbers.
+follow from the curvature. It ends when the duality gap is small. Prices travel down, not multipliers: half as many
+numbers.
 """
 
 import math
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedsim import tree
-from fedsim.fairness import Events, Notion, ascend, costs, curvature, deviations, events, prices, slackness
+from fedsim.fairness import Events, Notion, accelerated, ascend, costs, curvature, deviations, events, prices, slackness
 from fedsim.method import averages
 from fedsim.ranges import Count, Natural, NonNegative, Positive
 from fedsim.runs import trained
@@ -130,8 +131,9 @@ class FedFactPost(Strategy):
     def _descend(self, state: Tree, replies: Replies) -> tuple[Tree, Metrics]:
         """One step of Nesterov's method on lambda."""
         ahead, dual, momentum = state["ahead"], state["dual"], state["momentum"]
-        apart = deviations(replies.update["taken"], state["among"])
-        gap = averages(replies).get("gap", math.inf)
+        apart = deviations(replies.update["taken"], replies.update["among"])
+        whole = len(replies.ids) == state["measured"].sum()  # of fewer it is not the gap of all
+        gap = averages(replies).get("gap", math.inf) if whole else math.inf
         if self.global_tolerance is not None:
             gap += float(slackness(ahead, apart, self.global_tolerance, self.bound))
         told = {"gap": gap, "deviation": float(apart.abs().max()), "multipliers": float(ahead.sum())}
@@ -140,8 +142,4 @@ class FedFactPost(Strategy):
             return state, told
         step = self.temperature / state["curvature"].clamp(min=1e-12)  # 1 / (2 L)
         new = ascend(ahead, apart, self.global_tolerance, step, self.bound)
-        uphill = ((ahead - new) * (new - dual)).sum() > 0
-        momentum = torch.where(uphill, 1.0, momentum)
-        after = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-        ahead = torch.where(uphill, new, (new + (momentum - 1) / after * (new - dual)).clamp(min=0))
-        return state | {"dual": new, "ahead": ahead, "momentum": after}, told
+        return state | accelerated(dual, ahead, momentum, new, self.bound), told

@@ -109,3 +109,13 @@ def test_a_federation_without_features_is_refused_with_the_columns_that_there_ar
     ratings = {"user": torch.arange(6), "rating": torch.ones(6)}
     with pytest.raises(ValueError, match="toy has no column x, only user, rating"):
         mlp(Federation(ratings, np.arange(6), np.array([[0, 6, 6, 6]]), names={"y": CLASSES}, name="toy"))
+
+
+@pytest.mark.parametrize("make", [logistic, lambda data, **told: mlp(data, hidden=(4,), **told)])
+def test_another_column_can_be_what_is_learnt(make):
+    data = federation(5, names={"y": CLASSES, "ay": tuple("abcdefgh")})
+    data.columns["ay"] = torch.arange(6)
+    model = make(data, target="ay")
+    assert model.target == "ay" and model.predict(model.params, data.columns).shape == (6, 8)
+    with pytest.raises(ValueError, match="names of the values of colour"):
+        make(data, target="colour")

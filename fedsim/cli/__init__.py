@@ -23,8 +23,8 @@ from fedsim.config import ConfigError
 from fedsim.flower import Outcome
 from fedsim.job import Result
 from fedsim.launch import resume as resume_run
-from fedsim.launch import run as run_experiment
 from fedsim.launch import run_app
+from fedsim.launch import sweep as run_experiments
 from fedsim.progress import display
 from fedsim.report import compare as compare_runs
 from fedsim.report import write_report
@@ -83,12 +83,15 @@ def run(
         if num_nodes is not None:
             raise ConfigError("--num-nodes is for --flower-app; how many clients there are, an experiment says")
         results = []
-        for seed in seeds if seeds else [None]:
-            told = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
-            results.append(run_experiment(experiment, changes=told, root=root, tracker=tracker, display=display))
-            _closing(results[-1])
+        for result in run_experiments(
+            experiment, seeds=seeds or (), changes=changes or (), root=root, tracker=tracker, display=display
+        ):
+            results.append(result)
+            _closing(result)
         if len(results) > 1:
-            _print_comparison([result.path for result in results], None)
+            folder = results[0].path.parent / "comparison"
+            _print_comparison([result.path for result in results], folder)
+            out.print(f"comparison  {folder}")
 
 
 @app.command()
@@ -115,11 +118,14 @@ def report(path: Annotated[Path, typer.Argument(help="A run's directory.")]) -> 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Directories of runs; those that differ in seed are one row.")],
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and the plot.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and the plots.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="A measure to draw the accuracy against.")
+    ] = None,
 ) -> None:
     """Set runs side by side, with means and spreads over seeds."""
     with ending(), reading():
-        _print_comparison(runs, folder)
+        _print_comparison(runs, folder, against or [])
 
 
 @app.command("list")
@@ -203,8 +209,9 @@ def _has(result: Result, name: str) -> bool:
     return any(name in line for line in result.metrics)
 
 
-def _print_comparison(runs: list[Path], folder: Path | None) -> None:
-    table = as_table(compare_runs(runs, folder))
+def _print_comparison(runs: list[Path], folder: Path | None, against: Sequence[str] = ()) -> None:
+    found = compare_runs(runs, folder, against)
+    table = as_table(found)
     _print_rows(table.header, table.rows)
     if table.note:
         out.print(table.note)

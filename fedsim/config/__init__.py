@@ -9,6 +9,7 @@ from fedsim.config.assembly import Assembly, Supplies, assemble, resolve, supply
 from fedsim.config.experiment import PARTS, Experiment, assignment, bundled, locate, read
 from fedsim.config.plugins import ConfigError, find, fingerprints, names
 from fedsim.config.recipe import Recipe, recipe
+from fedsim.config.sweep import variants
 
 __all__ = [
     "PARTS",
@@ -28,4 +29,5 @@ __all__ = [
     "recipe",
     "resolve",
     "supply",
+    "variants",
 ]

@@ -48,6 +48,8 @@ class Experiment(BaseModel):
     model: Table
     strategy: Table
     clients: Annotated[dict[str, Table], Field(min_length=1)]
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}  # key -> the values that it takes, a run for each
+    against: list[str] = []  # measures that a comparison draws the accuracy against
     sample: Table = {"use": "fedsim.sampling:everyone"}
     engine: Table = {"use": "fedsim.engines.local:auto"}
 

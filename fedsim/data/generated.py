@@ -3,6 +3,7 @@
 A joint distribution is an array P(client, group, x, label) of shape (N, G, X, K) that sums to 1.
 """
 
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -88,11 +89,16 @@ def canonical_table() -> Floats:
 
 
 @checked
-def canonical_joint(copies: Count = 1) -> Dataset:
-    """`canonical_table` as 4000 * `copies` examples that have exactly its frequencies; "x" (E, 4) is one-hot."""
+def canonical_joint(copies: Count = 1, cells: bool = False) -> Dataset:
+    """`canonical_table` as 4000 * `copies` examples that have exactly its frequencies; "x" (E, 4) is one-hot.
+
+    With `cells`, "x" (E, 16) is one-hot of client, group and x together: even a linear model can then be the best one.
+    """
     counts = np.rint(canonical_table() * 4000).astype(np.int64)
     client, a, x, y = np.repeat(np.indices(counts.shape).reshape(4, -1), copies * counts.ravel(), axis=1)
-    return _dataset("canonical_joint", np.eye(4)[x], y, a, client)
+    features = np.eye(16)[(client * 2 + a) * 4 + x] if cells else np.eye(4)[x]
+    dataset = _dataset("canonical_joint", features, y, a, client)
+    return replace(dataset, names={"y": ("0", "1", "2"), "a": ("0", "1")})
 
 
 @checked

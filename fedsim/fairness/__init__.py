@@ -11,7 +11,7 @@ Definitions and the linear program follow Wang et al., "FedFACT: A Provable Fram
 Calibration in Federated Learning", NeurIPS 2025, https://arxiv.org/abs/2506.03777.
 """
 
-from fedsim.fairness.duals import ascend, project, slackness
+from fedsim.fairness.duals import accelerated, ascend, project, slackness
 from fedsim.fairness.measures import (
     Unfairness,
     belonging,
@@ -32,6 +32,7 @@ __all__ = [
     "Notion",
     "Optimum",
     "Unfairness",
+    "accelerated",
     "ascend",
     "belonging",
     "constraints",

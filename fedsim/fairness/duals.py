@@ -39,3 +39,22 @@ def slackness(dual: Tensor, deviation: Tensor, tolerance: float, bound: float) -
     slack = torch.stack([deviation - tolerance, -deviation - tolerance])
     charged = torch.where(dual > 0, dual * slack, 0).sum()  # an infinite tolerance has no multiplier
     return bound * slack.max().clamp(min=0) - charged
+
+
+def accelerated(dual: Tensor, ahead: Tensor, momentum: Tensor, new: Tensor, bound: float) -> dict[str, Tensor]:
+    """Nesterov's method after a step from `ahead` to `new`: the next "dual", "ahead" and "momentum".
+
+    Where the momentum led uphill it begins anew: O'Donoghue, Candes, "Adaptive restart for accelerated gradient
+    schemes", 2015, https://arxiv.org/abs/1204.3982.
+
+    Args:
+        dual: the multipliers before, (2, ...).
+        ahead: what they were extrapolated to.
+        momentum: 1 at first, ().
+        new: the multipliers after a step from there.
+        bound: of the sum of all multipliers, those ahead included: beyond it `slackness` is no duality gap.
+    """
+    uphill = ((ahead - new) * (new - dual)).sum() > 0
+    before = torch.where(uphill, 1, momentum)
+    after = (1 + (1 + 4 * before**2).sqrt()) / 2
+    return {"dual": new, "ahead": project(new + (before - 1) / after * (new - dual), bound), "momentum": after}

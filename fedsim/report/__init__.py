@@ -2,6 +2,7 @@
 
 from fedsim.report.comparison import Comparison, compare
 from fedsim.report.reading import RunRecord, read_run
+from fedsim.report.tradeoff import Bound
 from fedsim.report.writing import write_report
 
-__all__ = ["Comparison", "RunRecord", "compare", "read_run", "write_report"]
+__all__ = ["Bound", "Comparison", "RunRecord", "compare", "read_run", "write_report"]

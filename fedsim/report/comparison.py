@@ -15,6 +15,7 @@ from fedsim.report.measures import label, main, measured
 from fedsim.report.palette import SERIES
 from fedsim.report.reading import RunRecord, find_runs, read_run
 from fedsim.report.rows import Curve, Row, average, by_file_name, grouped, separating, settings, summary, titles
+from fedsim.report.tradeoff import Bound, trade_off
 
 _SETTINGS = 6  # columns of settings in a table
 _CURVES = 16  # in a plot
@@ -29,14 +30,20 @@ class Comparison:
     columns: tuple[str, ...]  # measures at the end of the run, then "best", "rounds", "seconds", "bytes"
     curves: tuple[Curve, ...]  # of the first measure, for each experiment that has it
     repeated: tuple[Path, ...]  # left out, because a later run has the same experiment and seed
+    against: tuple[str, ...] = ()  # measures that the first one is drawn against
 
 
-def compare(runs: Iterable[str | Path], out: str | Path | None = None) -> Comparison:
+def compare(
+    runs: Iterable[str | Path], out: str | Path | None = None, against: Sequence[str] = (), bound: Bound | None = None
+) -> Comparison:
     """Runs side by side; with `out`, also written there as comparison.md, comparison.svg and comparison.png.
 
     Args:
         runs: directories of runs, or directories that hold some.
         out: a directory, made if need be.
+        against: measures that the accuracy is drawn against, such as "clients/demographic_parity_gap", as
+            against-*.svg and .png; none: those that the experiments name.
+        bound: drawn with them: what no experiment could do better than.
 
     Raises:
         FileNotFoundError: a directory neither is a run nor holds one.
@@ -45,16 +52,16 @@ def compare(runs: Iterable[str | Path], out: str | Path | None = None) -> Compar
     paths = {found.resolve(): found for path in runs for found in find_runs(path)}
     if not paths:
         raise ValueError("runs is empty: there must be at least one run to compare")
-    found = _compared([read_run(path) for path in paths.values()])
+    found = _compared([read_run(path) for path in paths.values()], against)
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "comparison.md").write_text(as_markdown(found), encoding="utf-8")
-        draw(found, folder)
+        draw(found, folder, bound)
     return found
 
 
-def _compared(records: Sequence[RunRecord]) -> Comparison:
+def _compared(records: Sequence[RunRecord], against: Sequence[str] = ()) -> Comparison:
     groups, repeated = grouped(records)
     tables = [settings(group[0]) for group in groups]
     differing = [key for key in dict.fromkeys(k for t in tables for k in t) if len({t.get(key) for t in tables}) > 1]
@@ -62,6 +69,9 @@ def _compared(records: Sequence[RunRecord]) -> Comparison:
     differing.sort(key=lambda key: key not in first)
     names = main({name for group in groups for record in group for name in measured(record)})
     measures = [name for name in ("test/accuracy", "clients/accuracy") if name in names] or names[:2]
+    asked = against or [name for record in records for name in record.experiment.get("against", ())]
+    others = tuple(dict.fromkeys(asked))
+    measures += [name for name in others if name not in measures]
     rows = tuple(
         summary(group, {key: table[key] for key in differing if key in table}, measures)
         for group, table in zip(groups, tables, strict=True)
@@ -71,7 +81,7 @@ def _compared(records: Sequence[RunRecord]) -> Comparison:
     )
     columns = (*measures, *(("best",) if measures else ()), "rounds", "seconds", "bytes")
     curves = tuple(curve for curve in curves if len(curve.rounds))
-    return Comparison(rows, tuple(differing), columns, curves, tuple(repeated))
+    return Comparison(rows, tuple(differing), columns, curves, tuple(repeated), others)
 
 
 def as_table(comparison: Comparison) -> Table:
@@ -96,14 +106,18 @@ def as_markdown(comparison: Comparison) -> str:
     return f"# Comparison\n\n{markdown.as_table(as_table(comparison))}\n"
 
 
-def draw(comparison: Comparison, folder: Path) -> list[Path]:
+def draw(comparison: Comparison, folder: Path, bound: Bound | None = None) -> list[Path]:
     """Writes comparison.svg and comparison.png: the mean curve of each experiment, in a band of one deviation.
 
-    Gives the paths, none of them where nothing was evaluated.
+    Also, for each measure to draw the first one against, against-*.svg and .png. Gives the paths, none of them where
+    nothing was evaluated.
     """
     if not comparison.curves:
         return []
     with style():
+        plots = [trade_off(comparison.rows, comparison.columns[0], name, bound) for name in comparison.against]
+        for plot in filter(None, plots):
+            save(plot, folder)
         figure, axes = blank(f"{label(comparison.columns[0])}, mean and deviation over seeds", 4.2)
         figure.set_figwidth(7.5)
         for place, curve in enumerate(comparison.curves[:_CURVES]):
@@ -112,7 +126,8 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
         over_rounds(axes, int(min(ends)), int(max(ends)))
         legend(figure, axes)
         save(Plot("comparison", axes.get_title(loc="left"), figure), folder)
-    return [folder / "comparison.svg", folder / "comparison.png"]
+    names = ["comparison", *(plot.name for plot in plots if plot is not None)]
+    return [folder / f"{name}.{kind}" for name in names for kind in ("svg", "png")]
 
 
 def _draw(axes: Axes, curve: Curve, colour: str, line: str) -> None:

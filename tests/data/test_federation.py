@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.data.dataset import Dataset
+from fedsim.data.dataset import Dataset, joint_labels
 from fedsim.data.federation import Federation, Partition, divide, schedule
 
 SIZES = np.array([20, 0, 1, 2, 57, 10])
@@ -293,3 +293,13 @@ def test_a_column_must_be_a_tensor_and_not_be_called_mask():
         Dataset("numbers", {"x": np.arange(3)})
     with pytest.raises(ValueError, match="no column of columns may be called 'mask'"):
         Dataset("numbers", {"mask": torch.ones(3)})
+
+
+def test_joint_labels_number_group_and_label_together():
+    columns = {"a": torch.tensor([0, 1, 1, 2]), "y": torch.tensor([1, 0, 1, 0])}
+    names = {"a": ("x", "y", "z"), "y": ("no", "yes")}
+    made = joint_labels(Dataset("toy", columns, {name: column[:2] for name, column in columns.items()}, names))
+    assert made.columns["ay"].tolist() == [1, 2, 3, 4] and made.test["ay"].tolist() == [1, 2]
+    assert made.names["ay"] == ("x, no", "x, yes", "y, no", "y, yes", "z, no", "z, yes")
+    with pytest.raises(ValueError, match="toy names no values of a: joint labels need both"):
+        joint_labels(Dataset("toy", columns, names={"y": ("no", "yes")}))
