@@ -54,6 +54,15 @@ class Evaluate(Client):
     batch_size: Count = 256
     part: Literal["train", "validation", "test"] = "test"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classifier is None:
+            return
+        if not isinstance(self.classifier, Classifier):
+            raise ValueError(f"classifier must be a Classifier, got a {type(self.classifier).__name__}")
+        if self.num_classes is None:
+            raise ValueError("classifier needs num_classes: how many labels there are to tell apart")
+
     @property
     def split(self) -> str:
         """Which part of a client's examples is evaluated."""
@@ -87,10 +96,11 @@ class Evaluate(Client):
         else:
             guess = self.classifier(state["shared"], state["personal"], batch).double()
             label = batch["y"]
-        cell = label + self.num_classes * batch["a"] if self.num_groups else label
-        cells = torch.arange((self.num_groups or 1) * self.num_classes)
-        truth = ((cell[:, None] == cells) & mask[:, None]).to(guess.dtype)  # (B, G K)
-        counts = (truth.T @ guess).reshape(state["confusion"].shape)
+        truth = (label[:, None] == torch.arange(self.num_classes)) & mask[:, None]  # (B, K)
+        if self.num_groups:
+            member = batch["a"][:, None] == torch.arange(self.num_groups)  # (B, G)
+            truth = (member[:, :, None] & truth[:, None]).flatten(1)  # (B, G K)
+        counts = (truth.to(guess.dtype).T @ guess).reshape(state["confusion"].shape)
         return state | {"confusion": state["confusion"] + counts.to(state["confusion"].dtype)}
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
@@ -130,8 +140,9 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: R
     confusion, groups = replies.update.get("confusion"), replies.update.get("groups")
     if groups is not None:
         confusion = groups.sum((0, 1))
-        pooled |= {name: float(value) for name, value in disparities(groups.sum(0)).items()}
-        clients |= {name: value.numpy() for name, value in disparities(groups).items()}
+        pooled |= {name: float(value) for name, value in disparities(groups.sum(0)).items() if total}
+        apart = disparities(groups).items()
+        clients |= {name: np.where(examples > 0, value.numpy(), np.nan) for name, value in apart}
     return Evaluation(pooled, clients, confusion, replies.failed, replies.traffic, replies.incidents, groups)
 
 
@@ -154,6 +165,8 @@ def spread(evaluation: Evaluation) -> Metrics:
     Of how far groups are apart, the most at any client, as "local_<measure>".
     """
     some = evaluation.clients["examples"] > 0
+    if not some.any():
+        return {}
     apart = set(disparities(evaluation.groups)) if evaluation.groups is not None else set()
     metrics: Metrics = {f"local_{name}": float(evaluation.clients[name][some].max()) for name in sorted(apart)}
     for name in evaluation.pooled.keys() - apart - {"examples", "loss"}:

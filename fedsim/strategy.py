@@ -42,6 +42,11 @@ class Strategy(flwr.serverapp.strategy.Strategy):
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
         """The next state, and what is worth writing down about this step. At least one client answered."""
 
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """What it asks of clients in some later round, besides what it asks in the first; missed before any round."""
+        return ()
+
     def params(self, state: Tree) -> Params:
         """The model to evaluate and to hand out."""
         return cast(Params, state["params"])

@@ -61,12 +61,17 @@ class FedFact(Strategy):
         """The model, no multipliers, and nobody counted."""
         like = next(iter(params.values()))
         among = like.new_zeros((self.num_groups, len(self.events.classes)))
-        return {"params": params, "dual": torch.stack([among, among]), "among": among, "examples": like.new_zeros(())}
+        return {
+            "params": params,
+            "dual": torch.stack([among, among]),
+            "among": among.double(),  # a count over all rounds, which bfloat16 could not keep
+            "examples": like.new_zeros((), dtype=torch.float64),
+        }
 
     def configure(self, state: Tree, round: int) -> Task:
         """To train, at these prices."""
         share = state["among"] / state["examples"].clamp(min=1)
-        price = prices(state["dual"][0] - state["dual"][1], share)
+        price = prices(state["dual"][0] - state["dual"][1], share.to(state["dual"].dtype))
         return Task("train", {"params": state["params"], "price": price}, reduce="mean")
 
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
@@ -77,11 +82,11 @@ class FedFact(Strategy):
         dual = state["dual"]
         if self.global_tolerance is not None:
             dual = ascend(dual, apart, self.global_tolerance, self.dual_step, self.bound)
-        examples = replies.weight.sum().to(among.dtype)
+        examples = replies.weight.double().sum()
         state = {
             "params": params,
             "dual": dual,
-            "among": state["among"] + examples * among,
+            "among": state["among"] + examples * among.double(),
             "examples": state["examples"] + examples,
         }
         return state, {"deviation": float(apart.abs().max()), "multipliers": float(dual.sum())}

@@ -80,6 +80,11 @@ class FedFactPost(Strategy):
         """What the constraints are about: V rates."""
         return events(self.notion, self.num_classes)
 
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """What follows upon training."""
+        return ("measure", "calibrate")
+
     def init(self, params: Params) -> Tree:
         """The trained model, and no multipliers."""
         if self.from_run is not None:

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def classification():
-    """A small perceptron and a federation of clients of these sizes, with "x" (5 numbers), "y" (3 classes), "item"."""
+    """A small perceptron, and clients of these sizes with "x" (5 numbers), "y" (3 classes), "a" (2 groups), "item"."""
     from fedsim.model import Model
     from fedsim.testing import ragged
 
@@ -25,6 +25,7 @@ def classification():
             "x": torch.randn(70, 5, generator=generator, dtype=torch.float64).to(dtype),
             "y": torch.randint(3, (70,), generator=generator),
             "item": torch.randint(9, (70,), generator=generator),
+            "a": torch.arange(70) % 5 % 2,
         }
         parts = [nn.Linear(5, 8), nn.Tanh(), *([nn.Dropout(dropout)] if dropout else []), nn.Linear(8, 3)]
         module = nn.Sequential(*parts).to(dtype)

@@ -77,6 +77,35 @@ def tables(**others: Any) -> Tables:
     } | others
 
 
+# A server side that is done after some rounds; one that measures what only the run may; and data with two named groups.
+DONE = """
+from dataclasses import replace
+
+from fedsim.data.generated import gaussian_task
+
+@dataclass(frozen=True)
+class Content(FedAvg):
+    enough: int = 3
+
+    def init(self, params):
+        return {"params": params, "rounds": torch.tensor(0)}
+
+    def aggregate(self, state, task, replies):
+        params, metrics = super().aggregate({"params": state["params"]}, task, replies)
+        return params | {"rounds": state["rounds"] + 1}, metrics
+
+    def done(self, state):
+        return bool(state["rounds"] >= self.enough)
+
+@dataclass(frozen=True)
+class Boasting(FedAvg):
+    def aggregate(self, state, task, replies):
+        return state, {"converged": 0.5}
+
+def grouped(named=("y", "a")):
+    names = {"y": ("p", "q", "r"), "a": ("one", "other")}
+    return replace(gaussian_task(examples=90, seed=2), names={name: names[name] for name in named})
+"""
 DRAWN = """
 def drawn():
     return Model(nn.Linear(2, 3))
@@ -102,7 +131,7 @@ def model():
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with plug-ins in it."""
-    (tmp_path / "plugin.py").write_text(PLUGIN + NAMED + MODEL + DRAWN)
+    (tmp_path / "plugin.py").write_text(PLUGIN + NAMED + MODEL + DRAWN + DONE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -511,3 +540,90 @@ def test_a_plug_in_that_was_changed_since_is_warned_of(folder, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{folder / 'plugin.py'} was changed since the run in {path} began: the run may not be of one piece"
     ]
+
+
+def content(enough: int, **others: Any) -> Tables:
+    return tables(strategy={"use": "plugin.py:Content", "enough": enough}) | others
+
+
+def test_a_run_ends_with_the_round_in_which_the_strategy_is_done_evaluated_and_kept(folder):
+    result = run(content(3, rounds=9, evaluate_every=2, checkpoint_every=5))
+    assert [line["round"] for line in result.metrics] == [1, 2, 3]
+    assert [line["round"] for line in result.metrics if "clients/loss" in line] == [2, 3]
+    assert [line.get("converged") for line in result.metrics] == [None, None, 1]
+    assert [file.name for file in (result.path / "checkpoints").iterdir()] == ["round-000003.safetensors"]
+    others = run(content(9, rounds=3, evaluate_every=2, checkpoint_every=5))
+    assert quiet(others.metrics)[:2] == quiet(result.metrics)[:2]
+    assert quiet(others.metrics)[2] | {"converged": 1} == quiet(result.metrics)[2]
+    assert all(torch.equal(others.params[name], leaf) for name, leaf in result.params.items())
+
+
+def test_a_strategy_that_is_done_when_its_rounds_are_over_is_done_too(folder):
+    assert [line.get("converged") for line in run(content(4, rounds=4)).metrics] == [None] * 3 + [1]
+    assert not any("converged" in line for line in run(content(5, rounds=4)).metrics)
+
+
+def test_a_run_whose_strategy_is_done_has_nothing_more_to_do_when_it_is_resumed(folder):
+    first = run(content(3, rounds=9, evaluate_every=2))
+    before = {file.name: file.read_bytes() for file in first.path.iterdir() if file.is_file()}
+    again = resume(first.path)
+    assert again.metrics == first.metrics
+    assert before == {file.name: file.read_bytes() for file in first.path.iterdir() if file.is_file()}
+    longer = resume(first.path, rounds=50)
+    assert longer.metrics == first.metrics and final(longer) == final(first)
+    assert all(torch.equal(longer.params[name], leaf) for name, leaf in first.params.items())
+
+
+def test_a_run_that_was_left_before_its_strategy_was_done_goes_on_until_it_is(folder):
+    straight = run(content(5, rounds=9), root="straight")
+    short = run(content(5, rounds=3))
+    assert not any("converged" in line for line in short.metrics)
+    longer = resume(short.path, rounds=9)
+    assert quiet(longer.metrics) == quiet(straight.metrics) and final(longer) == final(straight)
+    assert [line["round"] for line in longer.metrics if "converged" in line] == [5]
+
+
+def test_a_measure_that_is_named_like_the_end_of_a_run_is_refused(folder):
+    with pytest.raises(ValueError, match="round 1: the strategy measures 'converged', a name that every round has"):
+        run(tables(strategy={"use": "plugin.py:Boasting"}))
+
+
+NOTIONS = ("demographic_parity", "equal_opportunity", "equalised_odds")
+APART = {f"{notion}_{measure}" for notion in NOTIONS for measure in ("gap", "deviation")}
+
+
+def test_groups_with_names_are_told_apart_in_all_that_a_run_writes_down(folder):
+    result = run(tables(evaluate_every=2, data={"use": "plugin.py:grouped"}))
+    names = {f"clients/{prefix}{name}" for name in APART for prefix in ("", "local_")}
+    assert [names <= line.keys() for line in result.metrics] == [False, True, False, True]
+    assert not any(names & line.keys() for line in result.metrics[::2])
+    found = json.loads((result.path / "evaluation.json").read_text())["clients"]
+    groups = torch.tensor(found["groups"])
+    assert groups.shape == (2, 3, 3) and found["group_names"] == ["one", "other"]
+    assert groups.sum(0).tolist() == found["confusion"] and int(groups.sum()) == found["examples"]
+    assert {name: found[name] for name in APART} == {name: result.last(f"clients/{name}") for name in APART}
+    header, *rows = (result.path / "clients.csv").read_text().splitlines()
+    assert set(header.split(",")) == {"client", "examples", "accuracy", "loss"} | APART
+    place = header.split(",").index("demographic_parity_gap")
+    worst = max(float(row.split(",")[place]) for row in rows)
+    assert worst == result.last("clients/local_demographic_parity_gap") > 0
+
+
+def test_groups_without_names_are_not_told_apart(folder):
+    result = run(tables(evaluate_every=2, data={"use": "plugin.py:grouped", "named": ["y"]}))
+    assert not any(name.endswith(("_gap", "_deviation")) for line in result.metrics for name in line)
+    found = json.loads((result.path / "evaluation.json").read_text())["clients"]
+    assert "confusion" in found and not {"groups", "group_names"} & found.keys()
+    assert (result.path / "clients.csv").read_text().splitlines()[0] == "client,examples,loss,accuracy"
+
+
+def test_a_simulation_of_objects_tells_groups_apart_on_the_common_test_set_too(folder):
+    federation = assemble(*read(tables(data={"use": "plugin.py:grouped"}))).federation
+    common = {name: column[:40] for name, column in federation.columns.items()}
+    result = simulate(**objects(federation=replace(federation, test=common), plan=Plan(rounds=1, name="common")))
+    found = json.loads((result.path / "evaluation.json").read_text())
+    assert torch.tensor(found["test"]["groups"]).sum() == 40
+    assert torch.tensor(found["test"]["groups"]).sum((1, 2)).tolist() == torch.bincount(common["a"]).tolist()
+    assert {f"clients/local_{name}" for name in APART} < result.metrics[0].keys()
+    tests = {name.removeprefix("test/") for name in result.metrics[0] if name.startswith("test/")}
+    assert tests == {"loss", "accuracy"} | APART  # of parts that are no clients' there is no largest

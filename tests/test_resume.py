@@ -22,13 +22,29 @@ FORKS.set_forkserver_preload(
     ["torch._dynamo", "fedsim.launch", "fedsim.data.datasets", "strategies.scaffold", "clients.scaffold"]
 )
 
-# Local sides that say when they take a step, so that the process can be killed in the middle of a round.
+# Local sides that say when they take a step, so that the process can be killed in the middle of a round; and a server
+# side that is done before the last round.
 PLUGIN = """
 import sys
 from dataclasses import dataclass
 
+import torch
+
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
+from strategies.fedavg import FedAvg
+
+@dataclass(frozen=True)
+class Content(FedAvg):
+    def init(self, params):
+        return {"params": params, "rounds": torch.tensor(0)}
+
+    def aggregate(self, state, task, replies):
+        params, metrics = super().aggregate({"params": state["params"]}, task, replies)
+        return params | {"rounds": state["rounds"] + 1}, metrics
+
+    def done(self, state):
+        return bool(state["rounds"] >= 3)
 
 @dataclass(frozen=True)
 class Audible(Sgd):
@@ -98,7 +114,7 @@ class Death(NamedTuple):
 
 
 def experiment(method: str) -> dict[str, Any]:
-    audible = {"fedavg": "plugin.py:Audible", "scaffold": "plugin.py:AudibleScaffold"}[method]
+    audible = "plugin.py:AudibleScaffold" if method == "scaffold" else "plugin.py:Audible"
     return {
         "name": method,
         "seed": 3,
@@ -109,7 +125,7 @@ def experiment(method: str) -> dict[str, Any]:
         "partition": {"use": "fedsim.data.partition:dirichlet", "clients": 6, "alpha": 1.0},
         "split": {"use": "fedsim.data.federation:divide", "test": 0.2},
         "model": {"use": "fedsim.networks:mlp", "hidden": [4]} | ({"dropout": 0.3} if method == "fedavg" else {}),
-        "strategy": {"use": method},
+        "strategy": {"use": "plugin.py:Content" if method == "content" else method},
         "clients": {"train": {"use": audible, "lr": 0.1, "epochs": 2, "batch_size": 8}},
         "sample": {
             "use": "fedsim.sampling:dropout",
@@ -277,6 +293,28 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(undisturbed, place):
     assert place.go() == 0
     assert place.go(path=place.run()) == 0
     assert left(place.run()) == undisturbed.files
+
+
+def test_a_run_that_is_done_before_its_last_round_ends_there_wherever_it_was_killed(tmp_path):
+    whole = Place(tmp_path / "whole", "content")
+    assert whole.go() == 0
+    files = left(whole.run())
+    assert [line.get("converged") for line in files["metrics.jsonl"]] == [None, None, 1]
+    assert {name for name in files if name.startswith("checkpoints/")} == {
+        f"checkpoints/round-00000{number}.safetensors" for number in (2, 3)
+    }
+    place = Place(tmp_path / "killed", "content")
+    path = None
+    for death in (
+        Death(cut_in=("open metrics.jsonl", 3)),  # with half of the line that says it is done
+        Death(kill_in=("os.rename .round-000003.safetensors.part", 1)),  # with the whole of it, but no checkpoint
+    ):
+        assert place.go(death, path) < 0
+        path = place.run()
+    assert not (path / "checkpoints" / "round-000003.safetensors").exists()
+    for _ in range(2):  # the second time there is nothing more to do
+        assert place.go(path=path) == 0
+        assert_same(left(path), Undisturbed(files, []))
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ from torch import Tensor
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from fedsim import tree
+from fedsim.evaluation import Evaluation
 from fedsim.model import Model
 from fedsim.personal import Personal
-from fedsim.runs import Run, append, as_csv, read_checkpoint, read_lines, replace
+from fedsim.runs import Run, append, as_csv, read_checkpoint, read_lines, replace, trained
 from fedsim.simulation import Snapshot
 
 MODEL = Model(torch.nn.Linear(2, 3))
@@ -297,3 +298,96 @@ def test_columns_are_written_as_csv_that_reads_back():
     assert rows[0] == ["client", "a,b"]
     assert [row[0] for row in rows[1:]] == ["0", "12", "3"]
     assert [float(row[1]) if row[1] else None for row in rows[1:]] == [0.1 + 0.2, None, 1e-17]
+
+
+def evaluation(groups: Tensor | None) -> Evaluation:
+    """What two clients' evaluation found, that of the second of which counted half an example."""
+    confusion = torch.tensor([[3, 1], [0, 2]]) if groups is None else groups.sum((0, 1))
+    clients = {"client": np.array([0.0, 4.0]), "examples": np.array([4.0, 2.0]), "apart": np.array([0.5, np.nan])}
+    return Evaluation({"examples": 6.0, "apart": 0.25}, clients, confusion, {}, groups=groups)
+
+
+def test_an_evaluation_by_group_is_written_down_summed_over_clients_with_the_groups_names(run):
+    groups = torch.tensor([[[[1.0, 0.5], [0.0, 1.0]]] * 3, [[[0.0, 0.0], [0.0, 0.5]]] * 3], dtype=torch.float64)
+    names = {"y": ("no", "yes"), "a": ("p", "q", "r"), "other": ("x",)}
+    run.save_evaluation(3, {"clients": evaluation(groups), "test": evaluation(None)}, names)
+    found = json.loads((run.path / "evaluation.json").read_text())
+    assert found["round"] == 3
+    assert found["clients"]["groups"] == [[[1.0, 0.5], [0.0, 1.5]]] * 3
+    assert (found["clients"]["group_names"], found["clients"]["classes"]) == (["p", "q", "r"], ["no", "yes"])
+    assert found["clients"]["confusion"] == [[3.0, 1.5], [0.0, 4.5]]
+    assert found["test"] == {"examples": 6, "apart": 0.25, "confusion": [[3, 1], [0, 2]], "classes": ["no", "yes"]}
+    assert (run.path / "clients.csv").read_text() == "client,examples,apart\n0,4,0.5\n4,2,\n"
+
+
+def test_an_evaluation_without_names_has_none(run):
+    groups = torch.ones(2, 3, 2, 2)
+    run.save_evaluation(1, {"test": evaluation(groups)}, {})
+    found = json.loads((run.path / "evaluation.json").read_text())
+    assert (found["test"]["group_names"], found["test"]["classes"]) == ([], [])
+    assert not (run.path / "clients.csv").exists()  # of clients nothing was counted
+
+
+def several(folder: Path, *names: str) -> dict[str, Path]:
+    """Runs with these directories, whose models are told apart by what they are filled with: 0, 1, ..."""
+    for number, name in enumerate(names):
+        run = Run.create(folder, "made", 0, "", {})
+        run.save(snapshot(1, -1.0), "all")
+        run.save(snapshot(2, float(number)), "all")
+        run.path.rename(folder / name)
+    return {name: folder / name for name in names}
+
+
+def fill(params: dict[str, Tensor]) -> float:
+    """What a model was filled with."""
+    assert params.keys() == {"weight", "bias"} and params["bias"].tolist() == [0, 1, 2]
+    return float(params["weight"].unique())
+
+
+def test_the_trained_model_of_a_run_is_that_of_its_last_checkpoint(tmp_path):
+    paths = several(tmp_path, "20250101-000000-1", "elsewhere")
+    assert [fill(trained(path, seed)) for path in paths.values() for seed in (0, 1)] == [0, 0, 1, 1]
+
+
+def test_of_a_folder_of_runs_the_latest_with_this_seed_counts(tmp_path):
+    several(
+        tmp_path,
+        *("20250101-000000-1", "20250102-000000-1", "20250103-000000-2", "20250102-235959-1", "20240101-000000-12"),
+        *("20250102-000000-1-2", "20990101-000000-21", "20990101-000000-1-x", "x20990101-000000-1", "20990101-1"),
+    )
+    assert [fill(trained(tmp_path, seed)) for seed in (1, 2, 12)] == [3, 2, 4]
+    for seed in (0, 3):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} is no run, nor does it hold one with the seed {seed}"):
+            trained(tmp_path, seed)
+
+
+def test_of_two_runs_of_one_second_the_later_one_counts(tmp_path):
+    several(tmp_path, "20250101-000000-1", "20250101-000000-1-2")
+    assert fill(trained(tmp_path, 1)) == 1
+
+
+def test_where_there_is_no_trained_model_that_is_said(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no run, nor does it hold one with the seed 0"):
+        trained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="name is no run, nor does it hold one with the seed 8"):
+        trained(run.path.parent, 8)
+    with pytest.raises(FileNotFoundError, match=f"{run.path} has no checkpoint to take a model from"):
+        trained(run.path)
+    with pytest.raises(FileNotFoundError, match=f"{run.path} has no checkpoint to take a model from"):
+        trained(run.path.parent, 7)
+
+
+def test_a_checkpoint_without_a_model_is_refused_with_what_it_holds(run):
+    run.save(Snapshot(1, {"users": torch.ones(2), "items": {"params": torch.ones(1)}}, snapshot().personal), 2)
+    with pytest.raises(ValueError, match=r"round-000001.safetensors holds no model: .* state/items/params, state/user"):
+        trained(run.path)
+
+
+def test_a_model_is_not_taken_from_a_damaged_checkpoint_nor_from_the_one_before(run):
+    run.save(snapshot(1), "all")
+    path = run.save(snapshot(2), "all")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="round-000002.safetensors is damaged"):
+        trained(run.path)
+    path.unlink()
+    assert fill(trained(run.path)) == 1.0

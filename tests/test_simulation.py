@@ -1,5 +1,7 @@
 """The loop: it can be resumed to the bit, and it tells what it could not do."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -200,3 +202,58 @@ def test_a_state_that_changes_its_shape_ends_the_run_by_name(classification):
     with pytest.raises(KeyError) as caught:
         next(rounds(Expects(), engine, everyone(6), begin(Expects(), model.params, clients, 6)))
     assert "Expects was to aggregate params/" in caught.value.__notes__[0]
+
+
+class Content(FedAvg):
+    """Counts its rounds, and is done after three of them."""
+
+    def init(self, params):
+        return {"params": params, "rounds": torch.tensor(0)}
+
+    def aggregate(self, state, task, replies):
+        params, metrics = super().aggregate({"params": state["params"]}, task, replies)
+        return params | {"rounds": state["rounds"] + 1}, metrics
+
+    def done(self, state):
+        return bool(state["rounds"] >= 3)
+
+
+def test_a_strategy_that_is_done_ends_the_loop_with_the_round_that_made_it_so(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1)}
+
+    def loop(strategy):
+        engine = Sequential(federation, clients)
+        return rounds(strategy, engine, everyone(6), begin(strategy, model.params, clients, 6))
+
+    steps = list(islice(loop(Content()), 9))
+    assert [(step.snapshot.round, step.done) for step in steps] == [(1, False), (2, False), (3, True)]
+    others = take(loop(FedAvg()), 4)
+    assert [(step.snapshot.round, step.done) for step in others] == [(n, False) for n in (1, 2, 3, 4)]
+    for name, leaf in others[2].snapshot.state["params"].items():
+        assert torch.equal(steps[-1].snapshot.state["params"][name], leaf)
+
+
+def test_a_strategy_that_was_done_already_has_no_round_and_asks_nobody(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1)}
+    first = begin(Content(), model.params, clients, 6)
+    enough = first._replace(round=3, state=first.state | {"rounds": torch.tensor(3)})
+
+    class Nobody(Sequential):
+        def execute(self, task, cohort):
+            raise AssertionError("somebody was asked")
+
+    assert list(rounds(Content(), Nobody(federation, clients), everyone(6), enough)) == []
+    almost = first._replace(round=2, state=first.state | {"rounds": torch.tensor(2)})
+    (last,) = rounds(Content(), Sequential(federation, clients), everyone(6), almost)
+    assert (last.snapshot.round, last.done) == (3, True)
+
+
+def test_a_round_that_nobody_answers_brings_no_strategy_nearer_to_its_end(classification):
+    model, federation = classification(SIZES)
+    clients = {"train": Sgd(model=model, lr=0.1)}
+    first = begin(Content(), model.params, clients, 6)
+    nobody = dropout(everyone(6), 1.0)
+    steps = take(rounds(Content(), Sequential(federation, clients), nobody, first, min_replies=0), 5)
+    assert not any(step.done for step in steps)

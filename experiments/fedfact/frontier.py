@@ -1,6 +1,6 @@
 """FedFACT below the best that any classifier could do, where the distribution is known.
 
-`python -m experiments.fedfact.frontier` runs fedfact/canonical-frontier and draws its comparison with the optimum of the
+`python -m experiments.fedfact.frontier` runs fedfact/canonical-frontier and draws its comparison with the optimum of a
 linear program, for the same tolerance over all clients and at each.
 """
 

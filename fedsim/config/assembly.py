@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fedsim.client import Client
 from fedsim.config.experiment import PARTS, Experiment
 from fedsim.config.plugins import ConfigError, closest, shown
-from fedsim.config.recipe import Recipe, recipe
+from fedsim.config.recipe import COUNTED, Recipe, recipe
 from fedsim.data.dataset import Dataset
 from fedsim.data.federation import Federation, Partition
 from fedsim.engines.engine import Engine
@@ -82,12 +82,13 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
         raise ConfigError(f"sample: {recipes['sample'].use} gives {shown(sample)}, it must give a sampler (a function)")
     strategy, sample = adopt(strategy, sample, federation.num_clients, experiment.seed)
     # One of Flower's has a memory, and may be asked once a round only.
-    asked = "train" if isinstance(strategy, Foreign) else strategy.configure(strategy.init(model.params), 1).action
-    if asked not in clients:
-        raise ConfigError(
-            f"clients.{asked} is missing: {use} asks the clients to {asked}; "
-            f"there are clients.{', clients.'.join(clients)}"
-        )
+    first = "train" if isinstance(strategy, Foreign) else strategy.configure(strategy.init(model.params), 1).action
+    for asked in (first, *strategy.actions):
+        if asked not in clients:
+            raise ConfigError(
+                f"clients.{asked} is missing: {use} asks the clients to {asked}; "
+                f"there are clients.{', clients.'.join(clients)}"
+            )
     return Assembly(federation, model, strategy, clients, sample, _made(recipes["engine"], context, Engine))
 
 
@@ -106,8 +107,9 @@ def _supply(
     context["partition"] = _made(recipes["partition"], context, Partition)
     federation = context["federation"] = _made(recipes["split"], context, Federation)
     context["num_clients"] = federation.num_clients
-    for name, column in (("num_classes", "y"), ("num_groups", "a")):
-        context[name] = len(federation.names[column]) if column in federation.names else None
+    for name, column in COUNTED.items():
+        if column in federation.names:
+            context[name] = len(federation.names[column])
     model = context["model"] = _made(recipes["model"], context, Model)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
     return context, Supplies(federation, model, clients)

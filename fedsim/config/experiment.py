@@ -182,6 +182,8 @@ def _referred(value: Any, tables: Table, label: str, where: str = "", path: tupl
     """The same with the values that "${strategy.notion}" and the like stand for."""
     if isinstance(value, dict):
         return {k: _referred(v, tables, label, f"{where}.{k}".lstrip("."), path) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_referred(part, tables, label, f"{where}[{place}]", path) for place, part in enumerate(value)]
     if not (isinstance(value, str) and (match := re.fullmatch(r"\$\{([^{}]+)\}", value))):
         return value
     key = match[1]

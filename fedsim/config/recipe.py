@@ -18,6 +18,7 @@ from fedsim.config.plugins import ConfigError, canonical, closest, find, shown
 from fedsim.randomness import seeding
 from fedsim.ranges import limits
 
+COUNTED = {"num_classes": "y", "num_groups": "a"}  # filled in: how many values of which column have a name
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: dict[Any, str] = {
     type(None): "nothing",
@@ -35,7 +36,8 @@ class Recipe(NamedTuple):
     use: str
     function: Callable[..., Any]
     arguments: dict[str, Any]  # values, and recipes for nested tables
-    given: tuple[str, ...]  # arguments that the experiment fills in
+    given: tuple[str, ...]  # arguments that the experiment fills in, as far as the data tell them
+    needed: tuple[str, ...]  # those of them that must be filled in
     table: dict[str, Any]  # the same as a table: no short names, and defaults written out as far as TOML can say them
 
     def make(self, context: Mapping[str, Any]) -> Any:
@@ -43,9 +45,16 @@ class Recipe(NamedTuple):
         arguments = {
             name: value.make(context) if isinstance(value, Recipe) else value for name, value in self.arguments.items()
         }
+        filled = {name: context[name] for name in self.given if name in context}
+        if lacking := [name for name in self.needed if name not in context]:
+            data, column = context["federation"].name, COUNTED[lacking[0]]
+            raise ConfigError(
+                f"{self.where}: {self.use} needs {lacking[0]}, and {data} has no column {column} with names of its "
+                f"values: choose other data, or set {self.where}.{lacking[0]}"
+            )
         try:
             with seeding(context.get("seed", 0), self.where):
-                return self.function(**{name: context[name] for name in self.given}, **arguments)
+                return self.function(**filled, **arguments)
         except ConfigError:
             raise
         except ConnectionError as error:  # nothing is wrong with the experiment
@@ -88,7 +97,8 @@ def recipe(table: Any, where: str, group: str, fills: Sequence[str], base: Path 
             raise ConfigError(f"{where}.{name} is missing: {use} needs it ({describe(hints.get(name, Any))})")
         if name not in arguments and name not in given and _sayable(parameter.default, hints.get(name, Any)):
             written[name] = _plain(parameter.default)
-    return Recipe(where, str(use), function, arguments, given, written)
+    needed = tuple(name for name in given if parameters[name].default is inspect.Parameter.empty)
+    return Recipe(where, str(use), function, arguments, given, needed, written)
 
 
 def _plain(value: Any) -> Any:

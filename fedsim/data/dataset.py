@@ -30,8 +30,22 @@ class Dataset:
             lengths = {name: len(column) for name, column in columns.items()}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"{self.name}: the {which} must be equally long, got {lengths}")
+            for name in ("y", "a"):
+                if name in columns and name in self.names:
+                    self._check_named(which, name, columns[name])
         if self.test and self.test.keys() != self.columns.keys():
             raise ValueError(f"{self.name}: test has columns {sorted(self.test)}, training {sorted(self.columns)}")
+
+    def _check_named(self, which: str, name: str, column: Tensor) -> None:
+        """Labels and groups are told apart by their numbers: one without a name would be taken for another's."""
+        if not column.numel():
+            return
+        least, most, number = column.min().item(), column.max().item(), len(self.names[name])
+        if least < 0 or most >= number:
+            raise ValueError(
+                f"{self.name}: column {name!r} of {which} has names for 0 to {number - 1}, and values from {least} to "
+                f"{most}: name them all, or leave out the examples of which it is not known"
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -5,14 +5,13 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.client import Client
 from fedsim.model import Model
 
 CPU = torch.device("cpu")
@@ -66,14 +65,15 @@ def on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def moved(client: Client, device: torch.device) -> Client:
-    """The same client with its model, modules and tensors on a device."""
-    changes: dict[str, Any] = {}
-    for field in fields(client):
-        value = getattr(client, field.name)
-        if field.init and isinstance(value, Model | Tensor):
-            changes[field.name] = value.to(device)
-    return replace(client, **changes) if changes else client
+def moved(part: Any, device: torch.device) -> Any:
+    """The same client with its models and tensors on a device, those of its parts too, such as a classifier's."""
+    if isinstance(part, Model | Tensor):
+        return part.to(device)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    parts = {field.name: getattr(part, field.name) for field in fields(part) if field.init}
+    changes = {name: new for name, old in parts.items() if (new := moved(old, device)) is not old}
+    return replace(part, **changes) if changes else part
 
 
 def confine(device: torch.device, share: float) -> None:

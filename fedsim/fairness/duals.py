@@ -8,11 +8,13 @@ def project(values: Tensor, bound: float) -> Tensor:
     """The nearest point, of any shape, with non-negative entries that sum to `bound` at most."""
     clipped = values.clamp(min=0)
     # On the simplex: subtract the threshold that leaves a sum of `bound`. The r largest entries stay above it.
+    # All are taken relative to the largest one, beside which the bound might else be lost in rounding.
     largest = clipped.flatten().sort(descending=True).values
-    rank = torch.arange(1, len(largest) + 1, dtype=values.dtype, device=values.device)
-    threshold = (largest.cumsum(0) - bound) / rank
-    last = (largest > threshold).sum() - 1  # they do up to some r, and from there on do not
-    nearest = (clipped - threshold.gather(0, last.clamp(min=0)[None])).clamp(min=0)
+    below = largest - largest[0]
+    rank = torch.arange(1, len(below) + 1, dtype=values.dtype, device=values.device)
+    threshold = (below.cumsum(0) - bound) / rank
+    last = (below > threshold).sum() - 1  # they do up to some r, and from there on do not
+    nearest = (clipped - largest[0] - threshold.gather(0, last.clamp(min=0)[None])).clamp(min=0)
     return torch.where(clipped.sum() <= bound, clipped, nearest)
 
 

@@ -11,9 +11,9 @@ from fedsim.task import Batch
 
 def known(data: Batch, num_groups: int, num_classes: int, dtype: torch.dtype) -> Tensor:
     """P(group, label | example), (n, G, K), where columns "a" and "y" tell both: one-hot, and zero for padding."""
-    cell = data["a"] * num_classes + data["y"]
-    here = (cell[:, None] == torch.arange(num_groups * num_classes)) & data["mask"][:, None]
-    return here.to(dtype).reshape(-1, num_groups, num_classes)
+    member = data["a"][:, None] == torch.arange(num_groups)  # (n, G)
+    labelled = (data["y"][:, None] == torch.arange(num_classes)) & data["mask"][:, None]  # (n, K)
+    return (member[:, :, None] & labelled[:, None]).to(dtype)
 
 
 def belonging(found: Events, scores: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ def rates(found: Events, confusion: Tensor) -> Tensor:
         found: the rates that are wanted.
         confusion: how often which label was taken for which class in which group, (..., G, K, K); any scale.
     """
+    confusion = confusion.double()  # of whole numbers torch would make a float32
     labels = found.labels.to(confusion.dtype)
     predicted = torch.einsum("vi,...aiv->...av", labels, confusion[..., found.classes])
     among = torch.einsum("vi,...ai->...av", labels, confusion.sum(-1))

@@ -196,3 +196,117 @@ def test_a_resolved_experiment_leaves_nothing_to_be_looked_up_and_resolves_to_it
     assert experiment.clients["evaluate"]["batch_size"] == 256
     assert not {"seed", "federation", "num_classes"} & experiment.model.keys()
     assert resolve(read(tomllib.loads(experiment.toml()))[0]) == experiment
+
+
+# Data with two sensitive groups, and parts that ask how many there are.
+GROUPED = """
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fedsim.data.generated import gaussian_task
+from fedsim.evaluation import Classifier
+from fedsim.model import Model
+
+def data(named=("y", "a")):
+    names = {"y": ("p", "q", "r"), "a": ("one", "other")}
+    return replace(gaussian_task(examples=60), names={name: names[name] for name in named})
+
+def model(num_groups=7):
+    return Model(nn.Linear(2, num_groups))
+
+class Sure(Classifier):
+    def __init__(self, num_groups, confidence=1.0):
+        self.num_groups, self.confidence = num_groups, confidence
+
+    def __call__(self, shared, personal, batch):
+        return torch.full((len(batch["y"]), 3), 1 / 3)
+"""
+
+
+@pytest.fixture
+def grouped(tmp_path: Path) -> list[str]:
+    """What changes the experiment into one with groups."""
+    (tmp_path / "grouped.py").write_text(GROUPED)
+    return [
+        f"data={{use='{tmp_path}/grouped.py:data'}}",
+        f"model={{use='{tmp_path}/grouped.py:model'}}",
+        "strategy={use='strategies.fedfact:FedFact'}",
+        "clients.train={use='clients.fedfact:FairSgd', lr=0.1}",
+        f"clients.evaluate={{use='evaluate', classifier={{use='{tmp_path}/grouped.py:Sure'}}}}",
+    ]
+
+
+def test_every_part_that_asks_for_the_number_of_groups_gets_it(grouped):
+    parts: Any = assemble(changed(*grouped))
+    evaluate = parts.clients["evaluate"]
+    assert (parts.strategy.num_groups, parts.clients["train"].num_groups, evaluate.num_groups) == (2, 2, 2)
+    assert (evaluate.classifier.num_groups, evaluate.classifier.confidence) == (2, 1.0)
+    assert parts.model.params["bias"].shape == (2,)
+    own: Any = assemble(changed(*grouped, "clients.evaluate.num_groups=5", "model.num_groups=4"))
+    assert (own.clients["evaluate"].num_groups, own.clients["evaluate"].classifier.num_groups) == (5, 2)
+    assert own.model.params["bias"].shape == (4,)
+
+
+def test_groups_without_names_are_no_groups(grouped):
+    plain = ["strategy={use='fedavg'}", "clients={train={use='sgd', lr=0.1}}", "model.num_groups=3"]
+    unnamed = changed(*grouped, *plain, "data.named=['y']")
+    assert "a" in assemble(unnamed).federation.columns
+    assert assemble(unnamed).clients["evaluate"].num_groups is None
+    assert assemble(changed()).clients["evaluate"].num_groups is None
+
+
+def test_the_number_of_groups_is_not_written_down_where_it_was_filled_in(grouped):
+    experiment = resolve(changed(*grouped))
+    tables = [experiment.model, experiment.strategy, *experiment.clients.values()]
+    assert not any("num_groups" in table for table in [*tables, experiment.clients["evaluate"]["classifier"]])
+    assert experiment.clients["evaluate"]["classifier"]["confidence"] == 1.0
+    assert resolve(changed(*grouped, "strategy.num_groups=3")).strategy["num_groups"] == 3
+
+
+@pytest.mark.parametrize("classifier", ["{confidence=0.5}", "{}", "'clients.fedfact_post:Calibrated'", "3"])
+def test_a_classifier_that_names_nothing_that_makes_it_is_refused(grouped, classifier):
+    told = "must be a table with `use` that makes Classifier$"
+    with pytest.raises(ConfigError, match=f"^clients.evaluate.classifier = .*: {told}"):
+        assemble(changed(*grouped, f"clients.evaluate.classifier={classifier}"))
+
+
+def test_a_key_that_a_classifier_does_not_take_is_refused_by_its_full_name(grouped):
+    with pytest.raises(ConfigError, match=r"clients.evaluate.classifier.confidense = 1: .*did you mean confidence\?"):
+        assemble(changed(*grouped, "clients.evaluate.classifier.confidense=1"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        (["clients.train={use='clients.fedfact:FairSgd', lr=0.1}"], "clients.train: clients.fedfact:FairSgd"),
+        (["strategy={use='strategies.fedfact:FedFact'}"], "strategy: strategies.fedfact:FedFact"),
+        (
+            ["clients.evaluate={use='evaluate', classifier={use='clients.fedfact_post:Calibrated'}}"],
+            "clients.evaluate.classifier: clients.fedfact_post:Calibrated",
+        ),
+    ],
+)
+def test_what_needs_groups_and_finds_none_in_the_data_says_so(changes, where):
+    place = where.partition(":")[0]
+    with pytest.raises(ConfigError) as caught:
+        assemble(changed(*changes))
+    assert str(caught.value) == (
+        f"{where} needs num_groups, and gaussians has no column a with names of its values: choose other data, "
+        f"or set {place}.num_groups"
+    )
+    assert assemble(changed(*changes, f"{place}.num_groups=2"))
+
+
+def test_what_needs_classes_and_finds_none_in_the_data_says_so(grouped):
+    with pytest.raises(ConfigError, match="^strategy: .*:FedFact needs num_classes, and gaussian_task has no column y"):
+        assemble(changed(*grouped, "data.named=['a']", "clients={train={use='sgd', lr=0.1}}"))
+
+
+def test_what_can_do_without_groups_has_its_own_default_where_there_are_none(grouped):
+    parts = assemble(
+        changed(*grouped, "data.named=['y']", "strategy={use='fedavg'}", "clients={train={use='sgd', lr=1}}")
+    )
+    assert parts.model.params["bias"].shape == (7,)
+    assert parts.clients["evaluate"].num_groups is None  # type: ignore[attr-defined]

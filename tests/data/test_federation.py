@@ -288,6 +288,20 @@ def test_a_single_example_is_one_step_of_one():
     assert schedule(np.array([1]), 3, 8, 0, 1, [4]).tolist() == [[[0]] * 3]
 
 
+@pytest.mark.parametrize("name", ["y", "a"])
+@pytest.mark.parametrize(("value", "told"), [(-1, "values from -1 to 1"), (2, "values from 0 to 2")])
+def test_labels_and_groups_with_names_are_all_named(name, value, told):
+    good, names = torch.tensor([0, 1, 1, 0]), {name: ("no", "yes")}
+    wrong = good.index_fill(0, torch.tensor([1]), value)
+    Dataset("people", {name: good}, names=names)
+    Dataset("people", {name: wrong})  # without names they are numbers like others
+    Dataset("people", {"v": wrong}, names={"v": ("no", "yes")})
+    Dataset("people", {name: good[:0]}, names=names)
+    for columns, test, which in ((wrong, good, "columns"), (good, wrong, "test")):
+        with pytest.raises(ValueError, match=f"people: column '{name}' of {which} has names for 0 to 1, and {told}"):
+            Dataset("people", {name: columns}, {name: test}, names)
+
+
 def test_a_column_must_be_a_tensor_and_not_be_called_mask():
     with pytest.raises(TypeError, match="numbers: column 'x' of columns must be a torch.Tensor, got a ndarray"):
         Dataset("numbers", {"x": np.arange(3)})

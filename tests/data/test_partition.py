@@ -164,6 +164,26 @@ def test_balanced_dirichlet_keeps_a_minimum_of_every_group_in_every_client():
         dirichlet_balanced(columns, 0, 5, alpha=0.1, min_cell=390)
 
 
+def test_balanced_dirichlet_draws_as_often_as_it_may_and_then_gives_up_with_the_numbers():
+    columns = table(4000)
+
+    def drawn(draws, min_cell=180):
+        return dirichlet_balanced(columns, 0, 5, alpha=1.0, min_cell=min_cell, draws=draws)
+
+    with pytest.raises(ValueError, match=r"in 50 draws of 4000 examples.*at best \d+ of some value where min_cell"):
+        drawn(50)
+    found = drawn(500)
+    assert counts(columns, found, "a").min() >= 180
+    again = drawn(5000)  # the first that is good enough, however many there could have been
+    assert np.array_equal(found.rows, again.rows) and np.array_equal(found.offsets, again.offsets)
+    first = drawn(1, min_cell=0)
+    assert np.array_equal(first.rows, dirichlet_balanced(columns, 0, 5, alpha=1.0).rows)
+    with pytest.raises(ValueError, match="in 1 draws"):
+        drawn(1)
+    with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
+        drawn(0)
+
+
 def test_shards_leave_each_client_few_labels_in_equal_numbers():
     columns = {"y": torch.arange(10).repeat(100)}
     partition = shards(columns, 0, 50, shards_per_client=2)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from clients.fedfact import Ensemble
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from fedsim import Cohort, Sequential, Task, Vectorised, tree
 from fedsim.client import Client
 from fedsim.engines.device import SPARE, fitting, moved
 from fedsim.engines.local import auto
+from fedsim.evaluation import Evaluate
 from fedsim.model import Model
 from fedsim.personal import Personal
 
@@ -75,6 +77,15 @@ def test_a_client_is_moved_with_its_model_and_its_tensors():
     assert there.weights.is_meta and there.model.module[0].weight.is_meta
     assert not client.weights.is_meta and not client.model.module[0].weight.is_meta  # the other stays
     assert there.lr == client.lr and type(there) is Weighing
+
+
+def test_what_a_client_is_made_of_is_moved_with_it():
+    client = Evaluate(model=Model(nn.Linear(2, 2)), num_classes=2, classifier=Ensemble(Model(nn.Linear(2, 2))))
+    there = moved(client, torch.device("meta"))
+    assert there.classifier.model.module.weight.is_meta and type(there.classifier) is Ensemble
+    assert not client.classifier.model.module.weight.is_meta
+    plain = Evaluate(model=client.model)
+    assert moved(plain, torch.device("meta")).classifier is None
 
 
 def test_a_gpu_takes_the_vectorised_engine_for_convolutions_too(classification):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from clients.fairfed import ReweightedSgd
+from clients.fedfact import FairSgd
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
 from clients.scaffold import ControlledSgd
@@ -75,6 +77,10 @@ def half(model):
     return {"control": tree.map(lambda leaf: 0.5 * leaf, model.params)}
 
 
+def priced(model):
+    return {"price": torch.tensor([[0.3, 0.0, -0.3], [-0.5, 0.2, 0.0]], dtype=model.params["0.weight"].dtype)}
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -85,6 +91,10 @@ SHIPPED = {
     "prox": Shipped(lambda model: Prox(model=model, lr=0.1, mu=0.5, epochs=2, batch_size=8)),
     "scaffold": Shipped(lambda model: ControlledSgd(model=model, lr=0.1, epochs=2, batch_size=8), half),
     "qfedavg": Shipped(lambda model: LossThenSgd(model=model, lr=0.1, epochs=2, batch_size=8)),
+    "fedfact": Shipped(
+        lambda model: FairSgd(model, 3, 2, lr=0.1, local_tolerance=0.05, average=3, epochs=2, batch_size=8), priced
+    ),
+    "fairfed": Shipped(lambda model: ReweightedSgd(model, 3, 2, lr=0.1, epochs=2, batch_size=8)),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate without classes": Shipped(lambda model: Evaluate(model=model, part="train", batch_size=8)),
     "its own prepare": Shipped(lambda model: Resampling(model=model, lr=0.1, momentum=0.5, epochs=2, batch_size=8)),

@@ -116,6 +116,17 @@ def test_the_curve_is_that_of_the_rounds_that_all_seeds_have(tmp_path):
     assert "1 run of 2 did not finish" in as_markdown(found)
 
 
+def test_a_run_that_converged_before_its_last_round_did_finish(tmp_path):
+    runs = [make(tmp_path / str(seed), [0.2, 0.4], seed=seed, rounds=9) for seed in (1, 2)]
+    file = runs[1] / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"round": 2,', '"round": 2, "converged": 1,'))
+    found = compare(runs)
+    assert found.rows[0].unfinished == 1 and "1 run of 2 did not finish" in as_markdown(found)
+    (row,) = compare(runs[1:]).rows
+    assert row.unfinished == 0 and row.values["rounds"].mean == 2
+    assert "did not finish" not in as_markdown(compare(runs[1:]))
+
+
 def test_the_table_is_written_as_markdown_and_the_curves_as_a_plot(tmp_path):
     runs = [
         make(tmp_path / "runs" / f"{lr}-{seed}", [0.5, 0.7 + seed / 10], seed=seed, lr=lr)

@@ -188,6 +188,23 @@ def test_values_that_are_not_finite_are_said_to_be_so(tmp_path):
     assert "best 2.500, round 1" in text
 
 
+def test_a_run_that_ended_early_because_it_had_converged_says_so_and_one_that_broke_off_does_not(tmp_path):
+    run = make(tmp_path / "run", rounds=6)
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()[:4]]
+    told = []
+    for extra in ({}, {"converged": 1}):
+        file.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], lines[-1] | extra]))
+        index = write_report(run)
+        assert facts(index)["Rounds"] == "4" and headings(index)[0] == "Curves"
+        assert not any("converged" in path.stem for path in index.parent.glob("*.svg"))
+        told.append(index.read_text(encoding="utf-8"))
+    assert "of 6 asked for" in told[0] and "then it had converged" not in told[0]
+    assert "then it had converged; 6 allowed" in told[1] and "asked for" not in told[1]
+    whole = write_report(make(tmp_path / "whole", rounds=4)).read_text(encoding="utf-8")
+    assert "asked for" not in whole and "allowed" not in whole
+
+
 @pytest.mark.slow
 def test_long_runs_with_many_clients_stay_small(tmp_path):
     index = write_report(make(tmp_path / "run", rounds=10_000, clients=200_000))
@@ -233,6 +250,10 @@ def test_a_measure_knows_which_way_is_better():
         "clients/hr@10": 1,
         "test/loss": -1,
         "test/accuracy_gap": -1,
+        "clients/demographic_parity_gap": -1,
+        "clients/local_equalised_odds_deviation": -1,
+        "deviation": -1,
+        "clients/accuracy/deviations": 0,
         "clients/accuracy/std": 0,
     }
     assert {name: direction(name) for name in names} == names

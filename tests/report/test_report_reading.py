@@ -110,6 +110,25 @@ def test_confusion_has_a_name_for_every_class(run):
         read_run(run)
 
 
+def test_confusion_that_was_counted_by_probabilities_is_rounded(run):
+    (run / "evaluation.json").write_text(json.dumps({"test": {"confusion": [[7.6, 0.4], [1e-9, 12.5000001]]}}))
+    counts = read_run(run).confusions["test"].counts
+    assert counts.tolist() == [[8, 0], [0, 13]] and counts.dtype == np.int64
+
+
+def test_a_run_is_unfinished_while_there_should_be_more_rounds(run):
+    assert read_run(run).unfinished  # of 3 none
+    write(run / "metrics.jsonl", [{"round": 1}, {"round": 2, "converged": 1}])
+    assert not read_run(run).unfinished
+    write(run / "metrics.jsonl", [{"round": 1}, {"round": 2, "clients/converged": 1, "note": "converged"}])
+    assert read_run(run).unfinished
+    write(run / "metrics.jsonl", [{"round": 1}, {"round": 2}, {"round": 3}])
+    assert not read_run(run).unfinished
+    write(run / "metrics.jsonl", [{"round": 1}])
+    (run / "experiment.toml").write_text('name = "digits"\n')  # nobody said how many
+    assert not read_run(run).unfinished
+
+
 def test_failures_are_read_in_order(run):
     write(run / "failures.jsonl", [{"round": 2, "client": 7, "reason": "x"}], '{"round": 3, "cl')
     assert read_run(run).failures == (Failure(2, 7, "x"),)
