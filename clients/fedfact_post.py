@@ -174,7 +174,7 @@ class Calibrate(Client):
         """What is taken for what; the multipliers stay here, as does what they take from the reward of a decision."""
         kept = {name: state[name] for name in ("dual", "ahead", "momentum")}
         kept["cost"] = costs(self.events, prices(state["dual"][0] - state["dual"][1], state["among"]))
-        metrics = {"gap": state["gap"]} if self.smoothing == "log-sum-exp" else {}
+        metrics = {"duality_gap": state["gap"]} if self.smoothing == "log-sum-exp" else {}
         update = {"taken": state["taken"], "among": state["among"]}
         return Reply(update, data["mask"].sum().to(state["taken"].dtype), kept, metrics)
 

@@ -17,7 +17,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federation import Federation, Partition, divide
 from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential, Vectorised, auto
-from fedsim.evaluation import Evaluate
+from fedsim.evaluation import Classifier, Evaluate
 from fedsim.job import Plan, Result
 from fedsim.launch import resume, run, run_app, simulate, sweep
 from fedsim.model import Model, gradient
@@ -28,6 +28,7 @@ from fedsim.tree import Rows, Tree
 
 __all__ = [
     "Batch",
+    "Classifier",
     "Client",
     "Cohort",
     "ConfigError",

@@ -139,6 +139,8 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: R
     clients = {"client": np.array(replies.ids, dtype=np.float64), "examples": examples} | clients
     confusion, groups = replies.update.get("confusion"), replies.update.get("groups")
     if groups is not None:
+        if reduce != "stack":
+            raise ValueError(f"reduce must be 'stack' where groups are told apart, got {reduce!r}")
         confusion = groups.sum((0, 1))
         pooled |= {name: float(value) for name, value in disparities(groups.sum(0)).items() if total}
         apart = disparities(groups).items()

@@ -74,7 +74,10 @@ def check_fields(instance: Any) -> None:
     """Raises ValueError when a field of a dataclass instance is out of the range that its annotation states."""
     hints = _hints(cast(Hashable, type(instance)))
     for field in dataclasses.fields(instance):
-        check(field.name, getattr(instance, field.name), hints[field.name])
+        value, hint = getattr(instance, field.name), hints[field.name]
+        if value is None and any(limits(hint)) and type(None) not in get_args(hint):
+            raise ValueError(f"{field.name} must be given, got None")
+        check(field.name, value, hint)
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -185,8 +185,11 @@ def trained(path: Path, seed: int = 0) -> Params:
         FileNotFoundError: there is no such run, or it has no checkpoint yet.
         ValueError: its checkpoint is damaged, or holds no model.
     """
-    runs = [path] if (path / "experiment.toml").is_file() else sorted(path.glob(f"*-*-{seed}*/"))
-    runs = [run for run in runs if run == path or re.fullmatch(rf"\d+-\d+-{seed}(-\d+)?", run.name)]
+    if (path / "experiment.toml").is_file():
+        runs = [path]
+    else:  # they are called date-time-seed, and a number where several began in one second
+        some = (run for run in path.glob("*/") if re.fullmatch(rf"\d+-\d+-{seed}(-\d+)?", run.name))
+        runs = sorted(some, key=lambda run: [int(part) for part in run.name.split("-")])
     if not runs:
         raise FileNotFoundError(f"{path} is no run, nor does it hold one with the seed {seed}")
     found = Run.open(runs[-1]).checkpoints()

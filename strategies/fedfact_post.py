@@ -138,10 +138,10 @@ class FedFactPost(Strategy):
         ahead, dual, momentum = state["ahead"], state["dual"], state["momentum"]
         apart = deviations(replies.update["taken"], replies.update["among"])
         whole = len(replies.ids) == state["measured"].sum()  # of fewer it is not the gap of all
-        gap = averages(replies).get("gap", math.inf) if whole else math.inf
+        gap = averages(replies).get("duality_gap", math.inf) if whole else math.inf
         if self.global_tolerance is not None:
             gap += float(slackness(ahead, apart, self.global_tolerance, self.bound))
-        told = {"gap": gap, "deviation": float(apart.abs().max()), "multipliers": float(ahead.sum())}
+        told = {"duality_gap": gap, "deviation": float(apart.abs().max()), "multipliers": float(ahead.sum())}
         state = state | {"gap": torch.full_like(state["gap"], gap)}
         if gap <= self.gap or self.global_tolerance is None:  # stay where this was found
             return state, told

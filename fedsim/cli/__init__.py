@@ -182,7 +182,8 @@ def data_describe(
 
 def _closing(result: Result) -> None:
     words = [f"{name} {result.last(name):.4f}" for name in ("test/accuracy", "clients/accuracy") if _has(result, name)]
-    out.print(f"{'  '.join(words) or 'done'}  after {len(result.metrics)} rounds")
+    ended = ", converged" if result.metrics and "converged" in result.metrics[-1] else ""
+    out.print(f"{'  '.join(words) or 'done'}  after {len(result.metrics)} rounds{ended}")
     out.print(f"run     {result.path}")
     out.print(f"report  {result.path / 'report' / 'index.html'}")
 

@@ -82,7 +82,7 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
         raise ConfigError(f"sample: {recipes['sample'].use} gives {shown(sample)}, it must give a sampler (a function)")
     strategy, sample = adopt(strategy, sample, federation.num_clients, experiment.seed)
     # One of Flower's has a memory, and may be asked once a round only.
-    first = "train" if isinstance(strategy, Foreign) else strategy.configure(strategy.init(model.params), 1).action
+    first = "train" if isinstance(strategy, Foreign) else _first(strategy, model, use)
     for asked in (first, *strategy.actions):
         if asked not in clients:
             raise ConfigError(
@@ -90,6 +90,14 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
                 f"there are clients.{', clients.'.join(clients)}"
             )
     return Assembly(federation, model, strategy, clients, sample, _made(recipes["engine"], context, Engine))
+
+
+def _first(strategy: Strategy, model: Model, use: str) -> str:
+    """What the clients are asked to do in the first round."""
+    try:
+        return strategy.configure(strategy.init(model.params), 1).action
+    except (ValueError, OSError) as error:  # such as a run to begin from that is not there
+        raise ConfigError(f"strategy: {use}: {error}") from error
 
 
 def supply(experiment: Experiment, folder: Path | None = None) -> Supplies:

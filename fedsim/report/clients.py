@@ -5,7 +5,7 @@ import numpy as np
 from fedsim.report import figures
 from fedsim.report.content import Section, Table
 from fedsim.report.formats import NONE, count, measure, several
-from fedsim.report.measures import direction
+from fedsim.report.measures import apart, direction
 from fedsim.report.reading import Confusion, Floats, RunRecord
 
 _ENDS = 5  # clients shown at either end
@@ -15,7 +15,8 @@ _SHARES = (0, 0.1, 0.5, 0.9, 1)
 
 def over_clients(record: RunRecord) -> Section | None:
     """The spread of the last evaluation over clients, its worst and its best."""
-    columns = {n: v for n, v in record.clients.items() if n not in ("client", "examples") and np.isfinite(v).any()}
+    left = {"client", "examples", *(name.removeprefix("clients/") for name in apart(record.metrics))}
+    columns = {n: v for n, v in record.clients.items() if n not in left and np.isfinite(v).any()}
     if not columns:
         return None
     name = sorted(columns, key=lambda n: (n != "accuracy", -direction(n), n))[0]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedsim.report.drawing import Plot, blank, in_bytes, legend, named, over_rounds, plain_log, shades, short, thin
 from fedsim.report.formats import count
-from fedsim.report.measures import direction, label, measured
+from fedsim.report.measures import curved, direction, label
 from fedsim.report.palette import INK, PAPER, QUIET, SERIES
 from fedsim.report.reading import Confusion, Floats, Ints, RunRecord
 
@@ -25,7 +25,7 @@ Curve = tuple[str, Ints, Floats]  # label, rounds, values
 def curves(record: RunRecord) -> tuple[list[Plot], int]:
     """A figure for each measure and each group of metrics, and how many metrics found no place."""
     families: dict[str, list[str]] = {}
-    for name in measured(record):
+    for name in curved(record):
         group, _, leaf = name.rpartition("/")
         families.setdefault(leaf if group in ("test", "clients", "train") else f"{group or name} ", []).append(name)
     drawn: list[tuple[str, list[str]]] = []

@@ -1,7 +1,7 @@
 """What a run measured: which numbers matter most, which way is better, and what came out in the end."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,31 @@ def direction(name: str) -> int:
 def measured(record: RunRecord) -> list[str]:
     """The metrics of a run without time, traffic and counts; the evaluated ones first, accuracy before loss."""
     return sorted(record.metrics.keys() - BOOKKEEPING, key=_rank)
+
+
+def curved(record: RunRecord) -> list[str]:
+    """Those of them that are drawn one by one: all but how far groups are apart, which has a section of its own."""
+    elsewhere = apart(record.metrics)
+    return [name for name in measured(record) if name not in elsewhere]
+
+
+def notions(names: Collection[str]) -> dict[str, list[str]]:
+    """The notions of fairness by which groups are compared, for "test" and "clients": those with gap and deviation."""
+    found: dict[str, list[str]] = {}
+    for part in ("test", "clients"):
+        leaves = {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
+        both = {leaf.removesuffix("_gap") for leaf in leaves if leaf.endswith("_gap")}
+        both &= {leaf.removesuffix("_deviation") for leaf in leaves if leaf.endswith("_deviation")}
+        if pooled := sorted(notion for notion in both if not notion.startswith("local_")):
+            found[part] = pooled
+    return found
+
+
+def apart(names: Collection[str]) -> set[str]:
+    """Those of the metrics that tell how far groups are apart."""
+    kinds = [(scope, end) for scope in ("", "local_") for end in ("gap", "deviation")]
+    pairs = [(part, notion) for part, some in notions(names).items() for notion in some]
+    return {f"{part}/{scope}{notion}_{end}" for part, notion in pairs for scope, end in kinds} & set(names)
 
 
 def main(names: Iterable[str]) -> list[str]:

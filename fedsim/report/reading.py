@@ -37,6 +37,8 @@ class Confusion(NamedTuple):
 
     counts: Ints  # (K, K), rows the truth, columns the prediction
     classes: tuple[str, ...]  # K names
+    groups: Floats | None = None  # (G, K, K), the same for each group, where groups were told apart
+    names: tuple[str, ...] = ()  # of the groups, G
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,10 +222,19 @@ def _confusions(path: Path, evaluation: dict[str, Any]) -> dict[str, Confusion]:
         counts = np.rint(np.array(part["confusion"], dtype=np.float64)).astype(np.int64)
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
             raise ValueError(f"{path} is damaged: {name}.confusion must be square, got shape {counts.shape}")
-        names = [str(label) for label in part.get("classes") or ()][: len(counts)]
-        names += [str(place) for place in range(len(names), len(counts))]
-        found[name] = Confusion(counts, tuple(names))
+        found[name] = Confusion(counts, _named(part.get("classes"), len(counts)))
+        if part.get("groups"):
+            groups = np.array(part["groups"], dtype=np.float64)
+            if groups.shape[1:] != counts.shape:
+                raise ValueError(f"{path} is damaged: {name}.groups has shape {groups.shape}, not (G, *{counts.shape})")
+            found[name] = found[name]._replace(groups=groups, names=_named(part.get("group_names"), len(groups)))
     return found
+
+
+def _named(names: list[Any] | None, number: int) -> tuple[str, ...]:
+    """So many names: those that there are, and numbers for the rest."""
+    found = [str(name) for name in names or ()][:number]
+    return (*found, *map(str, range(len(found), number)))
 
 
 def _troubles(path: Path) -> Iterator[Failure | Incident]:

@@ -7,8 +7,9 @@ from fedsim.report.clients import classes, over_clients
 from fedsim.report.configuration import configuration, surroundings
 from fedsim.report.content import Fact, Section, Table
 from fedsim.report.failures import failures, incidents
+from fedsim.report.fairness import fairness, gaps
 from fedsim.report.formats import NONE, amount, count, duration, measure, several
-from fedsim.report.measures import label, main, measured, outcome, total
+from fedsim.report.measures import curved, label, main, outcome, total
 from fedsim.report.reading import RunRecord
 
 _FACTS = 6  # measures in the headline
@@ -19,6 +20,7 @@ def sections(record: RunRecord) -> list[Section]:
     """The sections of a run's report; those that have nothing to tell are left out."""
     found = [
         curves(record),
+        fairness(record),
         over_clients(record),
         classes(record),
         traffic(record),
@@ -44,11 +46,12 @@ def subtitle(record: RunRecord) -> str:
 def headline(record: RunRecord) -> list[Fact]:
     """The numbers that one wants first."""
     facts = []
-    for name in main(measured(record))[:_FACTS]:
+    for name in main(curved(record))[:_FACTS]:
         found = outcome(record, name)
         if found is not None:
             best = f"best {measure(found.best)}, round {count(found.best_round or 0)}" if found.best is not None else ""
             facts.append(Fact(label(name), measure(found.last), best))
+    facts += gaps(record)
     done, asked = len(record.rounds), record.rounds_asked
     some = f"of {count(asked)} asked for" if asked is not None and asked != done else ""
     if some and not record.unfinished:
@@ -86,8 +89,8 @@ def _costs(record: RunRecord) -> list[Fact]:
 
 
 def curves(record: RunRecord) -> Section | None:
-    """Every metric over rounds, and where it began and ended."""
-    names = measured(record)
+    """Every metric over rounds, and where it began and ended; fairness has a section of its own."""
+    names = curved(record)
     if not names:
         return None
     plots, left = figures.curves(record)

@@ -249,6 +249,13 @@ def test_every_part_that_asks_for_the_number_of_groups_gets_it(grouped):
     assert own.model.params["bias"].shape == (4,)
 
 
+def test_a_strategy_that_cannot_begin_is_told_as_the_experiments_fault(grouped, tmp_path):
+    strategy = f"strategy={{use='strategies.fedfact_post:FedFactPost', from_run='{tmp_path}/nowhere'}}"
+    told = "^strategy: strategies.fedfact_post:FedFactPost: .*nowhere is no run, nor does it hold one with the seed 0"
+    with pytest.raises(ConfigError, match=told):
+        assemble(changed(*grouped, strategy))
+
+
 def test_groups_without_names_are_no_groups(grouped):
     plain = ["strategy={use='fedavg'}", "clients={train={use='sgd', lr=0.1}}", "model.num_groups=3"]
     unnamed = changed(*grouped, *plain, "data.named=['y']")
