@@ -76,3 +76,11 @@ def test_what_it_says_of_a_mistake_is_what_is_said(folder):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
         assert target.startswith("https://") or (README.parent / target).exists(), target
+
+
+def test_the_best_of_any_classifier_is_as_accurate_as_it_says():
+    example = next(block for block in blocks("python") if "optimum" in block)
+    names: dict[str, object] = {}
+    exec(example, names)
+    told = re.search(r"# (0\.\d+), and", example)
+    assert told and round(names["best"].accuracy, 4) == float(told[1])
