@@ -174,8 +174,8 @@ def test_steps_on_the_multipliers_go_down_the_slope_and_end_at_the_bottom(notion
         torch.testing.assert_close(one.personal["dual"][k], project(-step * slope, 5.0), rtol=1e-9, atol=1e-12)
         values = [float(objective(pair[k], k)) for pair in (kept["dual"], one.personal["dual"], many.personal["dual"])]
         assert values[0] > values[1] >= values[2]
-        assert 0 <= float(many.metrics["gap"][k]) < 0.1 * float(one.metrics["gap"][k])
-        assert values[1] - values[2] <= float(one.metrics["gap"][k])
+        assert 0 <= float(many.metrics["duality_gap"][k]) < 0.1 * float(one.metrics["duality_gap"][k])
+        assert values[1] - values[2] <= float(one.metrics["duality_gap"][k])
         assert many.personal["dual"][k].sum() <= 5.0
 
 
@@ -186,7 +186,7 @@ def test_what_boltzmann_does_has_no_gap():
         smoothing: execute(Sequential, federation, Calibrate(**settings(model), smoothing=smoothing), shared, kept)
         for smoothing in ("log-sum-exp", "boltzmann")
     }
-    assert found["boltzmann"].metrics == {} and found["log-sum-exp"].metrics.keys() == {"gap"}
+    assert found["boltzmann"].metrics == {} and found["log-sum-exp"].metrics.keys() == {"duality_gap"}
     assert not torch.equal(found["boltzmann"].update["taken"], found["log-sum-exp"].update["taken"])
 
 
@@ -243,7 +243,7 @@ def test_a_client_without_examples_of_a_group_or_none_at_all_answers_with_number
         sent = tree.flatten({"update": replies.update, "personal": replies.personal, "metrics": replies.metrics})
         assert all(torch.isfinite(leaf).all() for leaf in sent.values())
         assert replies.personal["cost"].abs().max() < 1e-6  # there is nobody to be compared with
-        assert replies.metrics["gap"].abs().max() < 1e-6
+        assert replies.metrics["duality_gap"].abs().max() < 1e-6
 
 
 # What is predicted.
@@ -466,7 +466,7 @@ def test_a_smooth_maximum_must_suit_the_decision():
     assert smooth.rates(columns, start, randomised=True, by_scores=True)[1] <= 0.01 + 5e-4
     assert smooth.rates(columns, start, randomised=False, by_scores=True)[1] > 0.03  # far from what was asked
     paper = fair(1500, 2.0, "DP", 0.01, 0.02, 0.1, smoothing="boltzmann", number=60)
-    assert paper.metrics["gap"] == float("inf")  # not known
+    assert paper.metrics["duality_gap"] == float("inf")  # not known
     assert paper.rates(columns, start, randomised=False, by_scores=True)[1] <= 0.02
     assert paper.rates(columns, start, randomised=True, by_scores=True)[1] > 0.03
 
@@ -519,7 +519,7 @@ def test_a_learned_model_of_group_and_label_makes_those_fair_whose_group_is_not_
     accuracy, apart, _ = plain.rates(others, [0, 40_000], False, False)
     assert accuracy == pytest.approx(0.656, abs=0.015) and apart == pytest.approx(0.110, abs=0.03)
     for found, tolerance, expected in ((strict, 0.01, 0.586), (loose, 0.05, 0.619)):
-        assert found.metrics["gap"] <= 1e-3 and found.metrics["multipliers"] < 4
+        assert found.metrics["duality_gap"] <= 1e-3 and found.metrics["multipliers"] < 4
         assert found.rates(seen, [0, 9000], True, True)[1] == pytest.approx(tolerance, abs=5e-4)  # by its own scores
         accuracy, apart, _ = found.rates(others, [0, 40_000], True, False)
         assert accuracy == pytest.approx(expected, abs=0.015)
@@ -528,7 +528,9 @@ def test_a_learned_model_of_group_and_label_makes_those_fair_whose_group_is_not_
 
 def test_rates_by_label_are_compared_by_what_the_scores_say_of_labels_so_that_multipliers_stay_small():
     found, others = learned("EO", 0.01), unlabelled(40_000, 1)
-    assert found.metrics["gap"] <= 1e-3 and found.metrics["multipliers"] < 1.5  # with counts of labels there: 20
+    assert (
+        found.metrics["duality_gap"] <= 1e-3 and found.metrics["multipliers"] < 1.5
+    )  # with counts of labels there: 20
     plain = found._replace(state=found.strategy.init(found.state["params"]))
     assert plain.rates(others, [0, 40_000], False, False)[1] > 0.2
     assert found.rates(others, [0, 40_000], True, False)[1] <= 0.01 + 0.03

@@ -399,7 +399,7 @@ def test_the_gap_bounds_what_is_missing_from_the_optimum_and_what_is_too_much_of
         if step.snapshot.round == 1:
             return
         pairs = pairs_of(before["ahead"], step.snapshot.personal, problem)  # where the round was
-        gap = step.metrics["gap"]
+        gap = step.metrics["duality_gap"]
         missing = problem.objective(pairs) - best
         apart = np.abs(problem.deviations(problem.classifier(pairs[0] - pairs[1])[0])).max(1)
         excess = np.maximum(apart - np.array(problem.tolerances), 0) * np.concatenate([[1], problem.share])
@@ -430,7 +430,7 @@ def test_a_bound_that_is_too_small_leaves_it_unfair_at_the_optimum_within_the_bo
         assert outcome.pairs.sum() == pytest.approx(min(bound, 0.98), abs=5e-3)
         assert outcome.rounds[-1].done
         for step in outcome.rounds[1:]:
-            assert step.metrics["gap"] >= -1e-12 and step.metrics["multipliers"] <= bound + 1e-12
+            assert step.metrics["duality_gap"] >= -1e-12 and step.metrics["multipliers"] <= bound + 1e-12
 
 
 # 3. Models of group and label together, which need not know the group (OptFair), at one client.
@@ -507,7 +507,7 @@ def test_nothing_travels_but_the_model_the_moments_and_then_numbers_for_each_gro
     assert shapes[0] == ({"params/weight": (3, 16)}, {"among": pair, "second": pair + pair})
     assert shapes[1:] == [({"price": pair}, {"taken": pair, "among": pair})] * 5
     assert [task.action for task, _ in engine.heard] == ["measure"] + ["calibrate"] * 5
-    assert [set(r.metrics) for _, r in engine.heard] == [set()] + [{"gap"}] * 5
+    assert [set(r.metrics) for _, r in engine.heard] == [set()] + [{"duality_gap"}] * 5
     number = 2 * rates
     for step in done[1:]:
         assert step.traffic.down == 2 * 8 * number
@@ -614,7 +614,7 @@ def test_a_client_that_is_gone_for_a_moment_costs_no_more_than_time():
 
 def test_after_a_client_is_gone_for_good_the_others_are_fair_among_themselves_and_it_does_not_claim_to_be_done():
     outcome = interrupted(range(30, 1000))
-    assert len(outcome.rounds) == 200 and outcome.rounds[-1].metrics["gap"] == INFINITE
+    assert len(outcome.rounds) == 200 and outcome.rounds[-1].metrics["duality_gap"] == INFINITE
     alone = Problem(without(canonical_table(), 0), "DP", outcome.problem.tolerances, 0.1)
     assert np.abs(alone.deviations(outcome.classifier())).max() <= 0.02 + 1e-4
     assert outcome.rounds[-1].metrics["multipliers"] < 1
