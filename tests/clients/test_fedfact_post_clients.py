@@ -462,8 +462,8 @@ def test_on_continuous_data_the_largest_worth_is_as_fair_as_a_draw(examples, not
 
 def test_a_smooth_maximum_must_suit_the_decision():
     columns, start = drawn(1500, 0, 2.0)
-    smooth = fair(1500, 2.0, "DP", 0.01, 0.02, 0.1)
-    assert smooth.rates(columns, start, randomised=True, by_scores=True)[1] <= 0.01 + 5e-4
+    smooth = fair(1500, 2.0, "DP", 0.01, 0.02, 0.1, gap=3e-3)
+    assert smooth.rates(columns, start, randomised=True, by_scores=True)[1] <= 0.01 + 1e-3
     assert smooth.rates(columns, start, randomised=False, by_scores=True)[1] > 0.03  # far from what was asked
     paper = fair(1500, 2.0, "DP", 0.01, 0.02, 0.1, smoothing="boltzmann", number=60)
     assert paper.metrics["duality_gap"] == float("inf")  # not known
@@ -509,7 +509,8 @@ def learned(notion, tolerance):
     else:
         params, told, phases = learned("DP", 0.05).state["params"], {"x": columns["x"]}, {}
     federation = Federation(told, np.arange(9000), np.array([[0, 9000, 9000, 9000]]))
-    return calibrated(federation, model, params, notion, tolerance, None, 0.02, 1e-3, "log-sum-exp", 600, **phases)
+    gap = 5e-3 if notion == "EO" else 1e-3
+    return calibrated(federation, model, params, notion, tolerance, None, 0.02, gap, "log-sum-exp", 600, **phases)
 
 
 def test_a_learned_model_of_group_and_label_makes_those_fair_whose_group_is_not_told():
@@ -528,9 +529,8 @@ def test_a_learned_model_of_group_and_label_makes_those_fair_whose_group_is_not_
 
 def test_rates_by_label_are_compared_by_what_the_scores_say_of_labels_so_that_multipliers_stay_small():
     found, others = learned("EO", 0.01), unlabelled(40_000, 1)
-    assert (
-        found.metrics["duality_gap"] <= 1e-3 and found.metrics["multipliers"] < 1.5
-    )  # with counts of labels there: 20
+    assert found.metrics["duality_gap"] <= 5e-3
+    assert found.metrics["multipliers"] < 1.5  # normalised by counts of labels it would be 20
     plain = found._replace(state=found.strategy.init(found.state["params"]))
     assert plain.rates(others, [0, 40_000], False, False)[1] > 0.2
     assert found.rates(others, [0, 40_000], True, False)[1] <= 0.01 + 0.03
