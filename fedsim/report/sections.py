@@ -130,12 +130,12 @@ def traffic(record: RunRecord) -> Section | None:
     down, up = total(record, "bytes_down"), total(record, "bytes_up")
     if not (down or up):
         return None
-    rounds = max(len(record.rounds), 1)
-    facts = [
-        Fact(name, amount(size), f"{amount(size / rounds)} a round")
-        for name, size in (("To clients", down), ("From clients", up))
-        if size is not None
-    ]
+    facts = []
+    for name, size, metric in (("To clients", down, "bytes_down"), ("From clients", up, "bytes_up")):
+        if size is not None:  # where a method has phases, the mean over rounds would be of none of them
+            each = record.series(metric)[1]
+            usual = float(np.nanmedian(each)) if np.isfinite(each).any() else np.nan
+            facts.append(Fact(name, amount(size), f"{amount(usual)} in the usual round"))
     evaluated = [total(record, f"evaluate/{name}") or 0 for name in ("bytes_down", "bytes_up")]
     if any(evaluated):
         facts.append(Fact("For evaluation", amount(sum(evaluated)), f"{amount(evaluated[1])} of it from clients"))
