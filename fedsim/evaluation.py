@@ -6,10 +6,11 @@ Only sums travel, so the accuracy over all clients is that of their pooled examp
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fedsim.fairness import Notion, events, unfairness
 from fedsim.model import Model
 from fedsim.ranges import Count
 from fedsim.task import Batch, Cohort, Metrics, Reduce, Reply, Task, Traffic
+from fedsim.transport import class_scores, farthest, histogram
 from fedsim.tree import Tree
 
 NOTIONS: tuple[Notion, ...] = ("demographic parity", "equal opportunity", "equalised odds")
@@ -44,6 +46,7 @@ class Evaluate(Client):
         num_classes: K; None: the target is no label, and only the loss is counted.
         num_groups: G, of the column "a"; None: groups are not told apart.
         classifier: what predicts the label "y" instead; a randomised one counts by its probabilities.
+        score_bins: points of a grid on which the model's scores are counted, by group; None: they are not.
         part: which part of a client's examples.
     """
 
@@ -51,11 +54,14 @@ class Evaluate(Client):
     num_classes: Count | None = None
     num_groups: Count | None = None
     classifier: Classifier | None = None
+    score_bins: Annotated[int, Ge(2)] | None = None
     batch_size: Count = 256
     part: Literal["train", "validation", "test"] = "test"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.score_bins is not None and (self.num_classes is None or self.classifier is not None):
+            raise ValueError("score_bins needs num_classes, and a model that decides itself, without a classifier")
         if self.classifier is None:
             return
         if not isinstance(self.classifier, Classifier):
@@ -79,6 +85,9 @@ class Evaluate(Client):
         if self.num_classes is not None:
             shape = (self.num_groups or 1, self.num_classes, self.num_classes)
             state["confusion"] = torch.zeros(shape, dtype=torch.int64 if self.classifier is None else torch.float64)
+        if self.score_bins is not None and self.num_classes is not None:
+            width = 1 if self.num_classes == 2 else self.num_classes
+            state["scores"] = torch.zeros((self.num_groups or 1, width, self.score_bins), dtype=torch.int64)
         return state
 
     def step(self, state: Tree, batch: Batch) -> Tree:
@@ -101,7 +110,16 @@ class Evaluate(Client):
             member = batch["a"][:, None] == torch.arange(self.num_groups)  # (B, G)
             truth = (member[:, :, None] & truth[:, None]).flatten(1)  # (B, G K)
         counts = (truth.to(guess.dtype).T @ guess).reshape(state["confusion"].shape)
+        if "scores" in state:
+            state |= {"scores": state["scores"] + self._scores(outputs, batch)}
         return state | {"confusion": state["confusion"] + counts.to(state["confusion"].dtype)}
+
+    def _scores(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The histograms of scores, (G, S, bins), without those that are not finite."""
+        scores = class_scores(outputs)
+        counted = batch["mask"] & scores.isfinite().all(1)
+        groups = torch.where(counted, batch["a"] if self.num_groups else 0, -1)
+        return histogram(scores.nan_to_num(0), groups, self.num_groups or 1, self.score_bins or 0)
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The counts."""
@@ -112,6 +130,8 @@ class Evaluate(Client):
         confusion = state["confusion"]
         metrics["accuracy"] = confusion.diagonal(dim1=1, dim2=2).sum()
         update = {"confusion": confusion.sum(0)} if self.num_groups is None else {"groups": confusion}
+        if "scores" in state:
+            update["scores"] = state["scores"]
         return Reply(update, examples.to(torch.float64), metrics=metrics)
 
 
@@ -125,6 +145,7 @@ class Evaluation(NamedTuple):
     traffic: Traffic = Traffic()
     incidents: Sequence[str] = ()
     groups: Tensor | None = None  # (C, G, K, K), the confusion by client and group
+    scores: Tensor | None = None  # (G, S, bins), histograms of the scores by group, over all clients
 
 
 def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: Reduce = "sum") -> Evaluation:
@@ -145,7 +166,12 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: R
         pooled |= {name: float(value) for name, value in disparities(groups.sum(0)).items() if total}
         apart = disparities(groups).items()
         clients |= {name: np.where(examples > 0, value.numpy(), np.nan) for name, value in apart}
-    return Evaluation(pooled, clients, confusion, replies.failed, replies.traffic, replies.incidents, groups)
+    scores = replies.update.get("scores")
+    if scores is not None:
+        scores = scores.sum(0) if reduce == "stack" else scores
+        pooled["score_distance"] = farthest(scores)
+    told = replies.failed, replies.traffic, replies.incidents
+    return Evaluation(pooled, clients, confusion, *told, groups, scores)
 
 
 def disparities(groups: Tensor) -> dict[str, Tensor]:
@@ -171,7 +197,7 @@ def spread(evaluation: Evaluation) -> Metrics:
         return {}
     apart = set(disparities(evaluation.groups)) if evaluation.groups is not None else set()
     metrics: Metrics = {f"local_{name}": float(evaluation.clients[name][some].max()) for name in sorted(apart)}
-    for name in evaluation.pooled.keys() - apart - {"examples", "loss"}:
+    for name in evaluation.pooled.keys() & evaluation.clients.keys() - apart - {"examples", "loss"}:
         values = evaluation.clients[name][some]
         metrics |= {f"{name}/min": float(values.min()), f"{name}/p10": float(np.quantile(values, 0.1))}
         metrics[f"{name}/std"] = float(values.std())

@@ -91,6 +91,11 @@ class Run:
         """One JSON object for each client that failed in a round; its "client" is null if none did."""
         return self.path / "failures.jsonl"
 
+    @property
+    def scores_file(self) -> Path:
+        """One JSON object for each evaluation that counted scores."""
+        return self.path / "scores.jsonl"
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """Appends one round."""
         numbers = {name: v if isinstance(v, int | float) else float(v) for name, v in metrics.items()}  # () tensors too
@@ -104,6 +109,11 @@ class Run:
     def record_incidents(self, round: int, incidents: Sequence[str]) -> None:
         """Appends what else went wrong in a round, and was made good: it cost no client its reply."""
         append(self.failures_file, [{"round": round, "client": None, "reason": told} for told in incidents])
+
+    def record_scores(self, round: int, parts: Mapping[str, Evaluation]) -> None:
+        """Appends the histograms of scores by group, (G, S, bins) for each part whose evaluation counted them."""
+        counted = {name: part.scores.tolist() for name, part in parts.items() if part.scores is not None}
+        append(self.scores_file, [{"round": round} | counted] if counted else [])
 
     def metrics(self) -> list[Metrics]:
         """The rounds so far; NaN for what was not finite."""
@@ -164,7 +174,7 @@ class Run:
 
     def rewind(self, round: int) -> None:
         """Takes back what was written after this round: it is about to be done again."""
-        for file in (self.metrics_file, self.failures_file):
+        for file in (self.metrics_file, self.failures_file, self.scores_file):
             if file.exists():
                 kept = [line for line in read_lines(file) if line["round"] <= round]
                 replace(file, "".join(json.dumps(line) + "\n" for line in kept).encode())

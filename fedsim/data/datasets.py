@@ -8,6 +8,7 @@ from fedsim.data.generated import (
     canonical_table,
     gaussian_task,
     gaussians,
+    group_shift,
     latent_factor_ratings,
     random_joint,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "filmtrust",
     "gaussian_task",
     "gaussians",
+    "group_shift",
     "latent_factor_ratings",
     "movielens_100k",
     "random_joint",
@@ -43,5 +45,6 @@ CATALOGUE: dict[str, Callable[..., Dataset]] = {
     "gaussians": gaussians,
     "gaussian_task": gaussian_task,
     "canonical_joint": canonical_joint,
+    "group_shift": group_shift,
     "latent_factor_ratings": latent_factor_ratings,
 }

@@ -78,6 +78,43 @@ def gaussian_task(examples: Count = 9000, seed: Natural = 0, shift: float = 1.0)
     return _dataset("gaussian_task", x, y, a, client)
 
 
+@checked
+def group_shift(examples: Count = 8000, test: Natural = 20_000, seed: Natural = 0) -> Dataset:
+    """Two groups of different size, base rate and place in space; two classes: "x" (E, 4), "y", "a".
+
+    The fourth feature is noise, the third tells the group and nothing else. The common test set is the same for all
+    seeds.
+    """
+    sets = [_shifted(number, chosen) for number, chosen in ((examples, seed), (test, 100))]
+    names = {"y": ("0", "1"), "a": ("0", "1")}
+    return Dataset("group_shift", sets[0], sets[1] if test else {}, names)
+
+
+def _shifted(examples: int, seed: int) -> dict[str, torch.Tensor]:
+    random = np.random.default_rng(seed)
+    a = (random.random(examples) < 0.35).astype(np.int64)
+    y = (random.random(examples) < np.where(a == 1, 0.35, 0.6)).astype(np.int64)
+    centre = _shifted_centres()[a, y]
+    # One feature after the other, so that a seed is the same data as where the figures of the experiments come from.
+    x = np.stack([centre[:, feature] + random.normal(size=examples) for feature in range(4)], axis=1)
+    return {"x": torch.from_numpy(x.astype(np.float32)), "y": torch.from_numpy(y), "a": torch.from_numpy(a)}
+
+
+def _shifted_centres() -> Floats:
+    """The mean of x by group and label, (2, 2, 4)."""
+    side, sign = np.array([1.0, -1.0])[:, None], np.array([-1.0, 1.0])
+    still = np.zeros((2, 2))
+    return np.stack([1.1 * sign + 0.5 * side, 0.8 * sign + still, 0.9 * side + still, still], axis=-1)
+
+
+def group_shift_posterior(x: Floats) -> Floats:
+    """P(group, label | x) in `group_shift`, (n, 2, 2), for x (n, 4)."""
+    prior = np.array([0.65, 0.35])[:, None] * np.array([[0.4, 0.6], [0.65, 0.35]])
+    distance = np.square(x[:, None, None] - _shifted_centres()).sum(-1)
+    joint = prior * np.exp(-distance / 2)
+    return np.asarray(joint / joint.sum((1, 2), keepdims=True))
+
+
 def canonical_table() -> Floats:
     """A joint distribution of two clients, two groups, four x and three labels in multiples of 1/4000, (2, 2, 4, 3)."""
     p_client_group = np.array([[6, 4], [3, 7]])  # of 20

@@ -10,7 +10,9 @@ from fedsim.report.reading import RunRecord
 
 _ROUND = ("round", "seconds", "clients", "failed", "bytes_down", "bytes_up", "converged")
 BOOKKEEPING = frozenset({*_ROUND, "evaluate/bytes_down", "evaluate/bytes_up"})
-_LOWER = frozenset({"loss", "error", "rmse", "mae", "mse", "perplexity", "gap", "deviation", "violation", "disparity"})
+_LOWER = frozenset(
+    {"loss", "error", "rmse", "mae", "mse", "perplexity", "gap", "deviation", "violation", "disparity", "distance"}
+)
 _HIGHER = frozenset({"accuracy", "auc", "f1", "precision", "recall", "hr", "ndcg", "mrr", "map"})
 
 

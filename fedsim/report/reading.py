@@ -140,7 +140,7 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, object) for each line; a last line that was cut off in the middle of writing is left out."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = text.split("\n")
@@ -160,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _metrics(path: Path) -> tuple[Ints, dict[str, Floats], dict[str, NDArray[np.bool_]]]:
     """Rounds, values and whether they were measured; of a round that occurs twice, the later line counts."""
-    lines = {line["round"]: line for _, line in _lines(path)}
+    lines = {line["round"]: line for _, line in json_lines(path)}
     rounds = sorted(lines)
     metrics: dict[str, Floats] = {}
     measured: dict[str, NDArray[np.bool_]] = {}
@@ -238,7 +238,7 @@ def _named(names: list[Any] | None, number: int) -> tuple[str, ...]:
 
 
 def _troubles(path: Path) -> Iterator[Failure | Incident]:
-    for number, line in _lines(path):
+    for number, line in json_lines(path):
         client, reason = line.get("client", ""), str(line.get("reason", ""))
         if client is None:
             yield Incident(line["round"], reason)

@@ -11,6 +11,7 @@ from fedsim.report.fairness import fairness, gaps
 from fedsim.report.formats import NONE, amount, count, duration, measure, several
 from fedsim.report.measures import curved, label, main, outcome, total
 from fedsim.report.reading import RunRecord
+from fedsim.report.scores import scores
 
 _FACTS = 6  # measures in the headline
 _ROWS = 40  # of the table of metrics
@@ -21,6 +22,7 @@ def sections(record: RunRecord) -> list[Section]:
     found = [
         curves(record),
         fairness(record),
+        scores(record),
         over_clients(record),
         classes(record),
         traffic(record),
