@@ -5,14 +5,16 @@ https://arxiv.org/abs/2411.06881. A client that trains receives the maps T_a tha
 barycenter (`strategies.wassffed`), and before its first step looks up the target t_i = T_a(f(x_i)) of each example by
 the model that it got. Its loss is, over a batch of B,
 
-    alpha CE + (1 - alpha) / B sum_i |f(x_i) - t_i|^p,    f the score: P(second class), or P(each class), summed over.
+    alpha CE + (1 - alpha) / B sum_i max(|f(x_i) - t_i| - z, 0)^p,
 
-Symbols: `power` is p; alpha comes from the server. Histograms are sums, so they may travel by any protocol for secure
-sums; one of few examples tells much of these.
+with f the score, P(second class) of two, or else P(each class), over which the cost is summed.
 
-Differs from the paper: `dead_zone`, how far a score may be off its target at no cost, is half of a bin. So much is
-rounding, and |.| would pull at it with full strength; 0 is the paper's. `targets = "argsort"` is an error in the
-authors' code, which gives each example the target of another one: it is here to be compared with.
+Symbols: `power` is p, `dead_zone` is z; alpha comes from the server. Histograms are summed, so they may travel by any
+protocol for secure sums; one of few examples tells much of these.
+
+Differs from the paper: there z = 0. Here it is half of a bin: so much is rounding, at which |.| would pull with full
+strength. `targets = "argsort"` is an error in the authors' code, which gives each example the target of another one: it
+is here to be compared with.
 """
 
 from dataclasses import dataclass
@@ -75,7 +77,7 @@ class TransportAdam(Client):
         num_groups: G, of the column "a".
         lr: of Adam, which is new in every round.
         power: of the distance to the target.
-        dead_zone: how far a score may be from its target at no cost, for power 1.
+        dead_zone: how far a score may be from its target at no cost.
         targets: which example has which target.
     """
 
@@ -85,7 +87,7 @@ class TransportAdam(Client):
     beta1: Decay = 0.9
     beta2: Decay = 0.999
     weight_decay: NonNegative = 0.0
-    power: Literal[1, 2] = 1
+    power: Annotated[float, Ge(1)] = 1.0
     dead_zone: NonNegative = 0.005
     targets: Literal["rank", "argsort"] = "rank"
 
@@ -123,7 +125,7 @@ class TransportAdam(Client):
             if "target" not in state:
                 return accuracy
             off = (class_scores(outputs) - state["target"][batch["number"]]).abs()
-            cost = (off - self.dead_zone).clamp(min=0) if self.power == 1 else off.square()
+            cost = (off - self.dead_zone).clamp(min=0) ** self.power
             both: Tensor = state["alpha"] * accuracy + (1 - state["alpha"]) * mean(cost.sum(1), batch["mask"])
             return both
 

@@ -1,9 +1,9 @@
 """Accuracy and gaps of FedAvg, penalties, FedFACT and WassFFed: `python -m experiments.wassffed.tables`.
 
-Adult and COMPAS, divided by Dirichlet draws over the sensitive attribute. All methods train the same perceptron with the
-same Adam on the same batches; FedFACT after training starts from the very model that is FedAvg's row. Measured on the
-clients' test parts: accuracy, the gap of demographic parity, and EOD, the sum of the gaps of the true and of the false
-positive rate.
+Adult and COMPAS, divided by Dirichlet draws over the sensitive attribute. All methods train the same perceptron, with
+the same Adam and equally many steps; FedFACT after training starts from the very model that is FedAvg's row. Measured
+on the clients' test parts: accuracy, the gap of demographic parity, and EOD, the sum of the gaps of the true and of the
+false positive rate.
 """
 
 import argparse

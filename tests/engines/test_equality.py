@@ -12,10 +12,12 @@ import torch
 
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
+from clients.penalty import PenalisedAdam
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
+from clients.wassffed import CountScores, TransportAdam
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.engines.local import Sequential, Vectorised
@@ -81,6 +83,12 @@ def priced(model):
     return {"price": torch.tensor([[0.3, 0.0, -0.3], [-0.5, 0.2, 0.0]], dtype=model.params["0.weight"].dtype)}
 
 
+def carried(model):
+    like = model.params["0.weight"]
+    maps = torch.linspace(0, 1, 21, dtype=like.dtype).square().expand(2, 3, 21)
+    return {"maps": maps, "alpha": like.new_tensor(0.4)}
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -95,6 +103,12 @@ SHIPPED = {
         lambda model: FairSgd(model, 3, 2, lr=0.1, local_tolerance=0.05, average=3, epochs=2, batch_size=8), priced
     ),
     "fairfed": Shipped(lambda model: ReweightedSgd(model, 3, 2, lr=0.1, epochs=2, batch_size=8)),
+    "wassffed": Shipped(lambda model: TransportAdam(model, 2, lr=0.03, epochs=2, batch_size=8), carried),
+    "wassffed, squares": Shipped(
+        lambda model: TransportAdam(model, 2, lr=0.03, power=2, targets="argsort", epochs=2, batch_size=8), carried
+    ),
+    "count scores": Shipped(lambda model: CountScores(model=model, num_groups=2, bins=21)),
+    "penalty": Shipped(lambda model: PenalisedAdam(model, 2, lr=0.03, penalty=0.7, epochs=2, batch_size=8)),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate without classes": Shipped(lambda model: Evaluate(model=model, part="train", batch_size=8)),
     "its own prepare": Shipped(lambda model: Resampling(model=model, lr=0.1, momentum=0.5, epochs=2, batch_size=8)),
