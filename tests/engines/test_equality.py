@@ -96,6 +96,9 @@ SHIPPED = {
     ),
     "fairfed": Shipped(lambda model: ReweightedSgd(model, 3, 2, lr=0.1, epochs=2, batch_size=8)),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
+    "evaluate with scores by group": Shipped(
+        lambda model: Evaluate(model=model, num_classes=3, num_groups=2, score_bins=11, part="train", batch_size=8)
+    ),
     "evaluate without classes": Shipped(lambda model: Evaluate(model=model, part="train", batch_size=8)),
     "its own prepare": Shipped(lambda model: Resampling(model=model, lr=0.1, momentum=0.5, epochs=2, batch_size=8)),
     "rows of a table": Shipped(
