@@ -86,8 +86,7 @@ def group_shift(examples: Count = 8000, test: Natural = 20_000, seed: Natural = 
     seeds.
     """
     sets = [_shifted(number, chosen) for number, chosen in ((examples, seed), (test, 100))]
-    names = {"y": ("0", "1"), "a": ("0", "1")}
-    return Dataset("group_shift", sets[0], sets[1] if test else {}, names)
+    return Dataset("group_shift", sets[0], sets[1] if test else {}, {"y": ("0", "1"), "a": ("0", "1")})
 
 
 def _shifted(examples: int, seed: int) -> dict[str, torch.Tensor]:
