@@ -169,7 +169,7 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: R
     scores = replies.update.get("scores")
     if scores is not None:
         scores = scores.sum(0) if reduce == "stack" else scores
-        pooled["score_distance"] = farthest(scores)
+        pooled |= {"score_distance": farthest(scores)} if groups is not None and total else {}
     told = replies.failed, replies.traffic, replies.incidents
     return Evaluation(pooled, clients, confusion, *told, groups, scores)
 

@@ -461,3 +461,111 @@ def test_a_client_that_fails_costs_its_groups_and_no_others():
 def test_fewer_than_one_group_is_refused(groups):
     with pytest.raises(ValueError, match=f"num_groups must be >= 1, got {groups}"):
         Evaluate(model=linear(), num_groups=groups)
+
+
+def counted(model, part, groups, bins):
+    """The histograms of scores, (G, S, bins), counted example by example."""
+    chances = model.predict(model.params, part).double().softmax(1).numpy()
+    chances = chances[:, 1:] if chances.shape[1] == 2 else chances
+    owners = part["a"].tolist() if groups else [0] * len(chances)
+    expected = np.zeros((groups or 1, chances.shape[1], bins), dtype=int)
+    for own, group in zip(chances, owners, strict=True):
+        for column, chance in enumerate(own):
+            expected[group, column, np.abs(np.linspace(0, 1, bins) - chance).argmin()] += 1
+    return expected
+
+
+def telling(classes):
+    """A model of these classes whose scores are all over [0, 1]."""
+    torch.manual_seed(7)
+    module = nn.Linear(3, classes)
+    nn.init.normal_(module.weight, std=2)
+    return Model(module)
+
+
+@pytest.mark.parametrize("groups", [None, 1, G])
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("batch_size", [256, 13])
+def test_scores_are_counted_by_group_over_all_clients(engine, batch_size, classes, groups):
+    model, data = telling(classes), federation()
+    data.columns["y"] %= classes
+    if groups == 1:
+        data.columns["a"].zero_()
+    if groups is None:
+        del data.columns["a"]
+    everything = pooled(data)
+    plain = found(model, data, engine, num_classes=classes, num_groups=groups, batch_size=batch_size)
+    evaluation = found(
+        model, data, engine, num_classes=classes, num_groups=groups, score_bins=11, batch_size=batch_size
+    )
+    assert evaluation.scores.tolist() == counted(model, everything, groups, 11).tolist()
+    assert evaluation.scores.sum() == sum(SIZES) * (1 if classes == 2 else classes)
+    assert plain.scores is None and "score_distance" not in plain.pooled
+    # Nothing else changes, and where groups are not told apart they have no distance.
+    assert evaluation.pooled.keys() - plain.pooled.keys() == ({"score_distance"} if groups else set())
+    assert plain.pooled.items() <= evaluation.pooled.items()
+    assert evaluation.confusion.tolist() == plain.confusion.tolist()
+    assert spread(evaluation) == spread(plain)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_score_distance_is_that_of_the_two_groups_that_are_farthest_apart(engine):
+    model, data = telling(2), federation()
+    data.columns["y"] %= 2
+    data.columns["x"][:, 0] += data.columns["a"]  # so that they are
+    evaluation = found(model, data, engine, num_classes=2, num_groups=G, score_bins=101)
+    reached = counted(model, pooled(data), G, 101)[:, 0].cumsum(1) / evaluation.scores.sum((1, 2)).numpy()[:, None]
+    distances = [np.abs(reached[one] - reached[other]).sum() / 100 for one, other in ((0, 1), (0, 2), (1, 2))]
+    assert evaluation.pooled["score_distance"] == pytest.approx(max(distances)) and max(distances) > 0.1
+    data.columns["a"].fill_(1)
+    alone = found(model, data, engine, num_classes=2, num_groups=G, score_bins=101)
+    assert alone.pooled["score_distance"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_examples_whose_scores_are_not_numbers_are_left_out_of_the_scores_alone(engine, wrong):
+    model, data = telling(3), federation()
+    data.columns["y"] %= 3
+    data.columns["x"][::7] = wrong
+    evaluation = found(model, data, engine, num_classes=3, num_groups=G, score_bins=11)
+    everything = pooled(data)
+    sound = everything["x"].isfinite().all(1)
+    assert 0 < sound.sum() < sum(SIZES)
+    expected = counted(model, {name: column[sound] for name, column in everything.items()}, G, 11)
+    assert evaluation.scores.tolist() == expected.tolist()
+    assert evaluation.failed == {} and evaluation.groups.sum() == evaluation.pooled["examples"] == sum(SIZES)
+    assert np.isfinite(evaluation.pooled["score_distance"]) and np.isnan(evaluation.pooled["loss"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("outside", [-1, G, 1000])
+def test_scores_of_a_group_that_there_is_not_count_for_none(engine, outside):
+    model, data = telling(3), federation()
+    data.columns["y"] %= 3
+    data.columns["a"][data.columns["a"] == 1] = outside
+    evaluation, everything = found(model, data, engine, num_classes=3, num_groups=G, score_bins=11), pooled(data)
+    inside = everything["a"] != outside
+    expected = counted(model, {name: column[inside] for name, column in everything.items()}, G, 11)
+    assert evaluation.failed == {} and evaluation.scores.tolist() == expected.tolist()
+    assert not evaluation.scores[1].any()
+
+
+@pytest.mark.parametrize("groups", [None, G])
+def test_of_nobody_no_scores_are_counted_and_there_is_no_distance(groups):
+    nobody = found(linear(), federation(), ids=[1], num_groups=groups, score_bins=11)
+    assert nobody.pooled == {"examples": 0.0} and spread(nobody) == {}
+    assert nobody.scores.shape == (groups or 1, K, 11) and not nobody.scores.any()
+    nobody = found(linear(), federation(), ids=[], num_groups=groups, score_bins=11)
+    assert nobody.pooled == {"examples": 0.0} and nobody.scores is None
+
+
+def test_scores_are_those_of_a_model_that_decides_itself_among_classes():
+    model = linear()
+    for arguments in ({}, {"num_classes": K, "classifier": Largest(model)}):
+        with pytest.raises(ValueError, match="score_bins needs num_classes, and a model that decides itself"):
+            Evaluate(model=model, score_bins=11, **arguments)
+    for bins in (1, 0, -1):
+        with pytest.raises(ValueError, match=f"score_bins must be >= 2, got {bins}"):
+            Evaluate(model=model, num_classes=K, score_bins=bins)

@@ -126,7 +126,10 @@ def experiment(method: str) -> dict[str, Any]:
         "split": {"use": "fedsim.data.federation:divide", "test": 0.2},
         "model": {"use": "fedsim.networks:mlp", "hidden": [4]} | ({"dropout": 0.3} if method == "fedavg" else {}),
         "strategy": {"use": "plugin.py:Content" if method == "content" else method},
-        "clients": {"train": {"use": audible, "lr": 0.1, "epochs": 2, "batch_size": 8}},
+        "clients": {
+            "train": {"use": audible, "lr": 0.1, "epochs": 2, "batch_size": 8},
+            "evaluate": {"use": "fedsim.evaluation:Evaluate", "score_bins": 11},
+        },
         "sample": {
             "use": "fedsim.sampling:dropout",
             "probability": 0.2,
@@ -233,6 +236,11 @@ def test_an_undisturbed_run_leaves_what_the_others_are_compared_with(undisturbed
     assert [line["round"] for line in undisturbed.files["metrics.jsonl"]] == list(range(1, ROUNDS + 1))
     assert {"checkpoints/round-000004.safetensors", "checkpoints/round-000005.safetensors"} < undisturbed.files.keys()
     assert "failures.jsonl" in undisturbed.files
+    scores = [json.loads(line) for line in undisturbed.files["scores.jsonl"].splitlines()]
+    assert [line["round"] for line in scores] == [2, 4, 5]
+    sizes = {len(column) for line in scores for group in line["clients"] for column in group}
+    counts = [sum(column) for line in scores for group in line["clients"] for column in group]
+    assert sizes == {11} and len(counts) == 3 * 3 and len(set(counts)) == 1 and counts[0] > 0
     assert undisturbed.moments.count("step") > 20
     assert (b"personal/" in undisturbed.files["checkpoints/round-000005.safetensors"]) == (method == "scaffold")
 
@@ -269,6 +277,16 @@ def test_a_run_killed_in_the_middle_of_a_line_of_metrics_forgets_the_half_line(u
     assert len(text.splitlines()[-1]) == 20
     assert place.go(path=place.run()) == 0
     assert left(place.run()) == undisturbed.files
+
+
+def test_a_run_killed_after_or_in_the_middle_of_a_line_of_scores_writes_it_once(undisturbed, place):
+    assert place.go(Death(cut_in=("open scores.jsonl", 2))) == -signal.SIGXFSZ  # of round 4
+    assert not (place.run() / "scores.jsonl").read_text().endswith("\n")
+    assert place.go(Death(kill_in=("open metrics.jsonl", 2)), place.run()) == -signal.SIGKILL  # 4 again, scores first
+    lines = (place.run() / "scores.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [2, 4]
+    assert place.go(path=place.run()) == 0
+    assert_same(left(place.run()), undisturbed)
 
 
 def test_a_run_killed_again_and_again_still_ends_where_it_should(undisturbed, place):

@@ -86,6 +86,25 @@ def test_a_metric_may_be_a_tensor_or_a_number_of_numpy(run):
     assert run.metrics() == [{"round": 1, "loss": 0.5, "norm": 0.25}]
 
 
+def scored(number: int) -> Evaluation:
+    """What an evaluation found that counted so many scores, all of them 0."""
+    return evaluation(None)._replace(scores=torch.tensor([[[number, 0]]]))
+
+
+def test_scores_are_a_line_for_each_evaluation_that_counted_some_with_each_part_that_did(run):
+    run.record_scores(1, {"test": evaluation(None)})
+    run.record_scores(2, {})
+    assert not run.scores_file.exists()
+    groups = torch.tensor([[[1, 2], [3, 0]], [[0, 0], [4, 5]]])  # two groups, two scores, two points
+    run.record_scores(3, {"test": evaluation(None), "clients": evaluation(None)._replace(scores=groups)})
+    run.record_scores(6, {"test": scored(7), "clients": scored(8)})
+    assert run.scores_file == run.path / "scores.jsonl" and run.scores_file.read_text().endswith("\n")
+    assert read_lines(run.scores_file) == [
+        {"round": 3, "clients": groups.tolist()},
+        {"round": 6, "test": [[[7, 0]]], "clients": [[[8, 0]]]},
+    ]
+
+
 def test_incidents_are_lines_without_a_client(run):
     run.record_incidents(2, ["a worker died"])
     run.record_incidents(3, [])
@@ -136,11 +155,16 @@ def test_rewinding_takes_back_all_that_came_after_a_round(run):
     for number in range(1, 6):
         run.record({"round": number, "value": number / 3})
         run.record_failures(number, {number: "why"})
-    with run.metrics_file.open("a") as file:
-        file.write('{"round": 6')
+        run.record_scores(number, {"test": scored(number)})
+    for path in (run.metrics_file, run.scores_file):
+        with path.open("a") as file:
+            file.write('{"round": 6')
     run.rewind(3)
     assert run.metrics() == [{"round": number, "value": number / 3} for number in (1, 2, 3)]
     assert [line["round"] for line in read_lines(run.failures_file)] == [1, 2, 3]
+    assert read_lines(run.scores_file) == [{"round": number, "test": [[[number, 0]]]} for number in (1, 2, 3)]
+    run.record_scores(4, {"test": scored(8)})
+    assert read_lines(run.scores_file)[3:] == [{"round": 4, "test": [[[8, 0]]]}]
     run.record({"round": 4})
     assert [line["round"] for line in run.metrics()] == [1, 2, 3, 4]
 

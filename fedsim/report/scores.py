@@ -58,11 +58,12 @@ def read_scores(path: Path) -> dict[str, Scores]:
 
 def _counts(path: Path, number: int, part: str, told: object) -> Ints:
     try:
-        counts = np.array(told, dtype=np.int64)
-    except (ValueError, TypeError) as error:
+        counts = np.array(told)
+    except ValueError as error:  # rows of different lengths
         raise ValueError(f"{path} is damaged: {part} of round {number} holds no table of counts") from error
-    if counts.ndim != 3 or counts.shape[-1] < 2 or (counts < 0).any():
-        raise ValueError(f"{path} is damaged: {part} of round {number} must be counts (G, S, bins), got {counts.shape}")
+    if counts.dtype.kind != "i" or counts.ndim != 3 or counts.shape[-1] < 2 or (counts < 0).any():
+        got = f"{counts.shape} of {counts.dtype}"
+        raise ValueError(f"{path} is damaged: {part} of round {number} must be counts (G, S, bins), got {got}")
     return counts
 
 

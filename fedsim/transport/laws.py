@@ -29,7 +29,8 @@ def nearest(scores: Tensor, bins: int) -> Tensor:
     if peek_interpreter_stack() is None and not ((scores >= 0) & (scores <= 1)).all():
         wrong = scores[~((scores >= 0) & (scores <= 1))]
         raise ValueError(f"scores must lie in [0, 1], got {float(wrong[0])} and {len(wrong) - 1} others outside")
-    return ((bins - 1) * scores + 0.5).floor().clamp(0, bins - 1).long()
+    # double, because bfloat16 cannot tell neighbours apart; NaN, which only `vmap` lets through, counts at zero.
+    return ((bins - 1) * scores.double().nan_to_num() + 0.5).floor().clamp(0, bins - 1).long()
 
 
 def class_scores(outputs: Tensor) -> Tensor:
@@ -47,14 +48,14 @@ def histogram(scores: Tensor, groups: Tensor, num_groups: int, bins: int) -> Ten
 
     Args:
         scores: in [0, 1], S of them for each example, (n, S).
-        groups: the group of each example, (n,); -1 for one that does not count.
+        groups: the group of each example, (n,); one of none of these, such as -1, does not count.
         num_groups: G.
         bins: points of the grid.
     """
     place = nearest(scores, bins)  # (n, S)
     width = scores.shape[1]
-    cell = (groups.clamp(min=0)[:, None] * width + torch.arange(width)) * bins + place
-    counted = (groups >= 0)[:, None].expand_as(cell).long()
+    cell = (groups.clamp(0, num_groups - 1)[:, None] * width + torch.arange(width)) * bins + place
+    counted = ((groups >= 0) & (groups < num_groups))[:, None].expand_as(cell).long()
     counts = torch.zeros(num_groups * width * bins, dtype=torch.int64)
     return counts.scatter_add(0, cell.flatten(), counted.flatten()).reshape(num_groups, width, bins)
 
@@ -138,6 +139,10 @@ def wasserstein(
         raise ValueError(f"power must be at least 1, got {power}")
     if first.shape[:-1] != second.shape[:-1]:
         raise ValueError(f"first is {tuple(first.shape)} and second {tuple(second.shape)}: all but the last must agree")
+    for name, samples, weights in ("first", first, first_weights), ("second", second, second_weights):
+        if weights is not None and weights.shape != samples.shape:
+            shapes = tuple(weights.shape), tuple(samples.shape)
+            raise ValueError(f"{name}_weights is {shapes[0]}, and what it weighs {shapes[1]}: they must agree")
     given = (first, second, first_weights, second_weights)
     # POT has samples first, and takes one axis behind them.
     columns = [None if part is None else part.reshape(-1, part.shape[-1]).T.contiguous() for part in given]

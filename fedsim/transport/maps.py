@@ -43,7 +43,7 @@ def quantile_median(functions: Tensor, weights: Tensor) -> Tensor:
         weights: (G,), of any sum above zero.
     """
     ordered, order = functions.sort(0)
-    share = (weights / weights.sum()).to(functions.dtype)
+    share = weights.double() / weights.sum()
     reached = share[order].cumsum(0)
     # The least and the greatest value with half of the weight on either side; they differ where exactly half is below.
     least = (reached < 0.5 - 1e-9).sum(0, keepdim=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
 from fedsim.data.datasets import (
     CATALOGUE,
@@ -22,10 +23,13 @@ from fedsim.data.datasets import (
     filmtrust,
     gaussian_task,
     gaussians,
+    group_shift,
     latent_factor_ratings,
     movielens_100k,
     random_joint,
 )
+from fedsim.data.generated import group_shift_posterior
+from fedsim.fairness import optimum
 
 real = pytest.mark.skipif(
     "FEDSIM_DATA" not in os.environ, reason="needs the data sets: set FEDSIM_DATA to their folder"
@@ -226,6 +230,76 @@ def test_the_gaussian_task_is_the_published_one():
     assert far["x"][0].tolist() == pytest.approx([-1.178307, 0.143850], abs=1e-6)
     assert torch.bincount(near["client"] * 2 + near["a"]).tolist() == [2012, 867, 1114, 1935, 1562, 1510]
     assert torch.bincount(near["y"]).tolist() == [2960, 3158, 2882]
+
+
+def test_the_group_shift_is_the_published_one():
+    columns = group_shift(8000, seed=0).columns
+    assert (int(columns["a"].sum()), int(columns["y"].sum())) == (2810, 4001)
+    assert columns["x"][0].tolist() == pytest.approx([-0.84767, -0.75977, 1.31055, 1.18630], abs=5e-6)
+    assert columns["x"].shape == (8000, 4) and columns["x"].dtype == torch.float32
+
+
+def test_the_group_shifts_test_set_is_another_sample_and_the_same_for_all_seeds():
+    one, other = group_shift(100, 500, seed=1), group_shift(100, 500, seed=2)
+    assert not torch.equal(one.columns["x"], other.columns["x"])
+    assert all(torch.equal(one.test[name], other.test[name]) for name in ("x", "y", "a"))
+    assert len(one.test["y"]) == 500 and group_shift(100, 0).test == {}
+    published = group_shift(500, 0, seed=100).columns
+    assert torch.equal(published["x"], one.test["x"])
+
+
+def test_groups_of_the_group_shift_have_the_stated_sizes_rates_and_places():
+    columns = group_shift(400_000, 0, seed=3).columns
+    x, y, a = (columns[name].double() for name in ("x", "y", "a"))
+    assert float(a.mean()) == pytest.approx(0.35, abs=0.003)
+    for group, rate in ((0, 0.6), (1, 0.35)):
+        assert float(y[a == group].mean()) == pytest.approx(rate, abs=0.005)
+        for label in (0, 1):
+            some = x[(a == group) & (y == label)]
+            side, sign = 1 - 2 * group, 2 * label - 1
+            expected = [1.1 * sign + 0.5 * side, 0.8 * sign, 0.9 * side, 0]
+            assert some.mean(0).tolist() == pytest.approx(expected, abs=0.015)
+            assert some.std(0).tolist() == pytest.approx([1] * 4, abs=0.015)
+
+
+def test_the_posterior_of_the_group_shift_is_bayes_rule_and_what_a_sample_shows():
+    x = group_shift(300_000, 0, seed=4).columns
+    found = group_shift_posterior(x["x"][:50].double().numpy())
+    for point, chances in zip(x["x"][:50].double().numpy(), found, strict=True):
+        joint = np.zeros((2, 2))
+        for group, label in np.ndindex(2, 2):
+            side, sign = 1 - 2 * group, 2 * label - 1
+            prior = (0.35 if group else 0.65) * ((0.35 if group else 0.6) if label else (0.65 if group else 0.4))
+            mean = [1.1 * sign + 0.5 * side, 0.8 * sign, 0.9 * side, 0]
+            joint[group, label] = prior * multivariate_normal(mean).pdf(point)
+        assert chances.ravel().tolist() == pytest.approx((joint / joint.sum()).ravel().tolist())
+    everything = group_shift_posterior(x["x"].double().numpy()).reshape(-1, 4)
+    truth = (2 * x["a"] + x["y"]).numpy()
+    for cell in range(4):  # of those of whom it is said with so much certainty, so many are there
+        place = np.minimum((everything[:, cell] * 10).astype(int), 9)
+        said = np.bincount(place, everything[:, cell], 10)
+        seen, size = np.bincount(place, truth == cell, 10), np.bincount(place, minlength=10)
+        assert (np.abs(said - seen) <= 4 * np.sqrt(size * 0.25) + 1e-9).all()
+
+
+@pytest.fixture(scope="module")
+def shifted():
+    """P(client, group, x, label) for one client that has each of 6000 examples of the group shift as an x."""
+    posterior = group_shift_posterior(group_shift(6000, 0, seed=7).columns["x"].double().numpy())
+    return posterior.transpose(1, 0, 2)[None] / 6000
+
+
+SHIFTED = [(0.28, 0.9133), (0.21, 0.8994), (0.097, 0.8612), (0.043, 0.8416), (0.027, 0.8357), (0.0074, 0.8284)]
+
+
+@pytest.mark.parametrize(("gap", "accuracy"), [(1.0, 0.9142), *SHIFTED, (0.0, 0.8257)])
+def test_the_best_accuracies_on_the_group_shift_are_the_published_ones(shifted, gap, accuracy):
+    shares = shifted.sum((0, 2, 3))
+    # Of two groups, the smaller one is the farther from the pooled rate, by the larger one's share of the gap.
+    found = optimum(shifted, "demographic parity", (1 - shares.min()) * gap, aware=False)
+    assert found.accuracy == pytest.approx(accuracy, abs=1e-4)
+    rates = (shifted * found.classifier[..., 1:]).sum((0, 2, 3)) / shares
+    assert abs(rates[0] - rates[1]) == pytest.approx(min(gap, 0.304), abs=1e-3)
 
 
 def test_the_canonical_table_is_the_published_one():

@@ -110,6 +110,9 @@ SHIPPED = {
     "count scores": Shipped(lambda model: CountScores(model=model, num_groups=2, bins=21)),
     "penalty": Shipped(lambda model: PenalisedAdam(model, 2, lr=0.03, penalty=0.7, epochs=2, batch_size=8)),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
+    "evaluate with scores by group": Shipped(
+        lambda model: Evaluate(model=model, num_classes=3, num_groups=2, score_bins=11, part="train", batch_size=8)
+    ),
     "evaluate without classes": Shipped(lambda model: Evaluate(model=model, part="train", batch_size=8)),
     "its own prepare": Shipped(lambda model: Resampling(model=model, lr=0.1, momentum=0.5, epochs=2, batch_size=8)),
     "rows of a table": Shipped(
