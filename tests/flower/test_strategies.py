@@ -56,6 +56,7 @@ from strategies.fedavg import FedAvg
 from strategies.fedfact import FedFact
 from strategies.fedfact_post import FedFactPost
 from strategies.fedopt import FedOpt
+from strategies.fusion import Fusion
 from strategies.qfedavg import QFedAvg
 from strategies.scaffold import Scaffold
 
@@ -65,6 +66,10 @@ N = len(SIZES)
 SEED = 3
 ENGINES = {"sequential": Sequential, "vectorised": Vectorised}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+# Of the shape that is trained here, for a strategy that asks for a model; its parameters are not used.
+LIKE = Model(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
 
 
 class Case(NamedTuple):
@@ -90,6 +95,7 @@ SHIPPED = {
     "fairfed": Case(
         FairFed(3, N), lambda model: ReweightedSgd(model=model, num_classes=3, num_groups=2, lr=0.1, batch_size=8)
     ),
+    "fusion": Case(Fusion(LIKE)),
     "qfedavg": Case(QFedAvg(q=1.5), lambda model: LossThenSgd(model=model, lr=0.1, epochs=2, batch_size=8)),
 }
 
