@@ -10,7 +10,7 @@ from fedsim.report.content import Section
 from fedsim.report.drawing import Plot, blank, legend, named
 from fedsim.report.palette import INK, QUIET, SERIES
 from fedsim.report.reading import Ints, RunRecord, json_lines
-from fedsim.transport import barycenter, distribution, levels
+from fedsim.transport import barycenter_quantiles, distribution, levels
 
 _PARTS = {"test": "Test set", "clients": "Clients’ test parts"}
 _CLASSES = 4  # whose scores are drawn
@@ -92,7 +92,7 @@ def _distributions(name: str, title: str, counts: Ints, groups: tuple[str, ...])
         axes.plot(points, reached[group], color=SERIES[place], linewidth=1.7, label=named(text), drawstyle="steps-post")
     if len(there) > 1:
         at = levels(_LEVELS)
-        centre = barycenter(torch.from_numpy(counts), at).numpy()
+        centre = barycenter_quantiles(torch.from_numpy(counts), at).numpy()
         axes.plot(centre, at.numpy(), "--", color=INK, linewidth=1.2, label="barycenter")
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0, 1.02)

@@ -52,7 +52,7 @@ def quantile_median(functions: Tensor, weights: Tensor) -> Tensor:
     return (ends[0] + ends[1]) / 2
 
 
-def barycenter(counts: Tensor, at: Tensor, kind: Barycenter = "quantile") -> Tensor:
+def barycenter_quantiles(counts: Tensor, at: Tensor, kind: Barycenter = "quantile") -> Tensor:
     """The quantile function of the barycenter of laws on a grid, at some levels, (..., L).
 
     Args:
@@ -89,5 +89,5 @@ def transport_maps(counts: Tensor, kind: Barycenter = "quantile") -> Tensor:
     stay = grid(counts.shape[-1]).expand(counts.shape)
     if not counts.any():
         return stay
-    sent = torch.stack([barycenter(counts, ranks, kind) for ranks in midranks(counts)])
+    sent = torch.stack([barycenter_quantiles(counts, ranks, kind) for ranks in midranks(counts)])
     return torch.where((counts.sum(-1, keepdim=True) > 0), sent, stay)

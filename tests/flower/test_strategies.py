@@ -41,6 +41,7 @@ from clients.sgd import Sgd
 from fedsim import flower, tree
 from fedsim.client import Client
 from fedsim.config.plugins import find, names
+from fedsim.data.dataset import Dataset
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.evaluation import Evaluate, evaluate
 from fedsim.flower import ClientNodes, SimulationGrid, client_app
@@ -51,13 +52,16 @@ from fedsim.sampling import dropout, everyone, uniform
 from fedsim.simulation import begin, rounds
 from fedsim.strategy import Strategy
 from fedsim.task import Cohort, Draw, Replies, Task
+from strategies.distillation import Distillation
 from strategies.fairfed import FairFed
 from strategies.fedavg import FedAvg
 from strategies.fedfact import FedFact
 from strategies.fedfact_post import FedFactPost
 from strategies.fedopt import FedOpt
+from strategies.fusion import Fusion
 from strategies.qfedavg import QFedAvg
 from strategies.scaffold import Scaffold
+from strategies.wassffed import WassFFed
 
 SIZES = (0, 1, 7, 20, 33, 2)
 INHABITED = (4, 1, 7, 20, 33, 2)  # Flower's wrappers divide by how far a client went
@@ -65,6 +69,11 @@ N = len(SIZES)
 SEED = 3
 ENGINES = {"sequential": Sequential, "vectorised": Vectorised}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+# Of the shape that is trained here, for a strategy that asks for a model; its parameters are not used.
+LIKE = Model(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
+PROBE = Dataset("probe", {"x": torch.linspace(-1, 1, 100).reshape(20, 5)})
 
 
 class Case(NamedTuple):
@@ -90,6 +99,9 @@ SHIPPED = {
     "fairfed": Case(
         FairFed(3, N), lambda model: ReweightedSgd(model=model, num_classes=3, num_groups=2, lr=0.1, batch_size=8)
     ),
+    "distillation": Case(Distillation(LIKE, PROBE, steps=5, lr=0.01, batch_size=8)),
+    "fusion": Case(Fusion(LIKE)),
+    "wassffed": Case(WassFFed(3, 2)),  # the rounds of its warm-up
     "qfedavg": Case(QFedAvg(q=1.5), lambda model: LossThenSgd(model=model, lr=0.1, epochs=2, batch_size=8)),
 }
 

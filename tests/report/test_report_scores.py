@@ -17,7 +17,7 @@ from fedsim.report.measures import direction
 from fedsim.report.palette import SERIES
 from fedsim.report.scores import read_scores, scores
 from fedsim.runs import Run
-from fedsim.transport import barycenter, levels
+from fedsim.transport import barycenter_quantiles, levels
 
 NAMES = {"y": ("no", "yes"), "a": ("left", "right")}
 BINS = 21
@@ -158,7 +158,7 @@ def test_of_many_groups_as_many_are_drawn_as_there_are_colours_and_all_are_in_th
     (plot,) = plots(make(tmp_path, {1: counts}, names={})).values()
     found = curves(plot)
     assert list(found) == [*map(str, range(len(SERIES))), "barycenter"]
-    expected = barycenter(counts[:, 0], levels(len(found["barycenter"][0])))
+    expected = barycenter_quantiles(counts[:, 0], levels(len(found["barycenter"][0])))
     assert found["barycenter"][0].tolist() == pytest.approx(expected.tolist())
     assert len({line.get_color() for line in plot.figure.axes[0].lines}) == len(SERIES) + 1
 

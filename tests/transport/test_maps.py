@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedsim.transport import (
     apart,
-    barycenter,
+    barycenter_quantiles,
     distribution,
     grid,
     histogram,
@@ -80,9 +80,9 @@ def test_the_barycenter_of_points_is_a_point():
     assert quantile_average(points, weights).tolist() == pytest.approx([0.5 * 0.1 + 0.3 * 0.4 + 0.2 * 1] * 50)
     assert set(quantile_median(points, torch.tensor([2, 3, 4])).tolist()) == {0.4}
     counts = torch.tensor([[0, 6, 0, 0, 0], [0, 0, 0, 0, 2]])  # at .25 and 1
-    assert set(barycenter(counts, LEVELS).tolist()) == {(6 * 0.25 + 2 * 1) / 8}
-    assert set(barycenter(counts, LEVELS, "median").tolist()) == {0.25}
-    assert barycenter(counts, levels(4), "cdf").tolist() == [0.25, 0.25, 0.25, 1]
+    assert set(barycenter_quantiles(counts, LEVELS).tolist()) == {(6 * 0.25 + 2 * 1) / 8}
+    assert set(barycenter_quantiles(counts, LEVELS, "median").tolist()) == {0.25}
+    assert barycenter_quantiles(counts, levels(4), "cdf").tolist() == [0.25, 0.25, 0.25, 1]
 
 
 @search
@@ -91,7 +91,7 @@ def test_what_the_barycenter_costs_is_what_its_quantile_function_lacks_in_length
     counts = torch.tensor(laws)
     weights = counts.sum(1).double() / counts.sum()
     at = levels(840 * 2)  # finer than all their steps, and some
-    functions, centre = quantiles(distribution(counts), at), barycenter(counts, at)
+    functions, centre = quantiles(distribution(counts), at), barycenter_quantiles(counts, at)
     spent = cost(functions, weights, centre, 2)
     assert spent == pytest.approx(float(weights @ functions.square().mean(1) - centre.square().mean()), abs=1e-12)
     if len(laws) == 2:
@@ -105,15 +105,15 @@ def test_no_other_law_costs_less_than_the_barycenter(laws, other):
     counts = torch.tensor(laws)
     weights, at = counts.sum(1).double() / counts.sum(), levels(500)
     functions = quantiles(distribution(counts), at)
-    others = [quantiles(distribution(torch.tensor(other)), at), barycenter(counts, at, "cdf"), *functions]
+    others = [quantiles(distribution(torch.tensor(other)), at), barycenter_quantiles(counts, at, "cdf"), *functions]
     for power, kind in ((2, "quantile"), (1, "median")):
-        least = cost(functions, weights, barycenter(counts, at, kind), power)
+        least = cost(functions, weights, barycenter_quantiles(counts, at, kind), power)
         assert all(least <= cost(functions, weights, one, power) + 1e-12 for one in others)
 
 
 def test_the_mixture_is_no_barycenter(known):
     counts, functions, weights = known
-    found = {kind: cost(functions, weights, barycenter(counts, LEVELS, kind), 2) for kind in KINDS}
+    found = {kind: cost(functions, weights, barycenter_quantiles(counts, LEVELS, kind), 2) for kind in KINDS}
     between = float(wasserstein(grid(101), grid(101), 2, *(own.double() / own.sum() for own in counts)))
     assert found["quantile"] == pytest.approx(0.4 * 0.6 * between, rel=1e-3)
     # F = sum w_a F_a: the cost of each is an integral that POT knows.
@@ -129,17 +129,17 @@ def test_the_barycenter_is_the_one_that_a_linear_program_finds(known):
     shares = (counts / counts.sum(1, keepdim=True)).double().numpy()
     metric = ot.dist(grid(101)[:, None].numpy(), metric="sqeuclidean")
     found = torch.from_numpy(ot.lp.barycenter(shares.T.copy(), metric, weights.numpy())).clamp(min=0)
-    centre = barycenter(counts, LEVELS)
+    centre = barycenter_quantiles(counts, LEVELS)
     away = wasserstein(grid(101), centre, 1, found / found.sum())
-    mixture = wasserstein(grid(101), barycenter(counts, LEVELS, "cdf"), 1, found / found.sum())
+    mixture = wasserstein(grid(101), barycenter_quantiles(counts, LEVELS, "cdf"), 1, found / found.sum())
     assert float(away) <= 0.01 / 2 < 0.05 < float(mixture)  # half of a bin
 
 
 def test_the_median_of_two_is_the_heavier_one_and_costs_the_lighter_ones_way(known):
     counts, functions, weights = known
-    median = barycenter(counts, LEVELS, "median")
+    median = barycenter_quantiles(counts, LEVELS, "median")
     assert torch.equal(median, functions[1])
-    found = {kind: cost(functions, weights, barycenter(counts, LEVELS, kind), 1) for kind in KINDS}
+    found = {kind: cost(functions, weights, barycenter_quantiles(counts, LEVELS, kind), 1) for kind in KINDS}
     assert found["median"] == pytest.approx(0.4 * float(apart(*counts)), rel=1e-3)
     assert found["median"] < 0.9 * min(found["quantile"], found["cdf"])
 
@@ -173,25 +173,25 @@ def test_the_weighted_median_is_in_the_middle_of_all_that_cost_least(drawn):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_law_is_its_own_barycenter(kind, known):
     counts, functions, _ = known
-    assert torch.equal(barycenter(counts[:1], LEVELS, kind), functions[0])
+    assert torch.equal(barycenter_quantiles(counts[:1], LEVELS, kind), functions[0])
     alike = torch.stack([counts[0], 3 * counts[0], counts[0]])
-    torch.testing.assert_close(barycenter(alike, LEVELS, kind), functions[0], **NEAR)
+    torch.testing.assert_close(barycenter_quantiles(alike, LEVELS, kind), functions[0], **NEAR)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_law_without_scores_has_no_part_in_the_barycenter(kind, known):
     counts = known[0]
     with_nobody = torch.stack([torch.zeros_like(counts[0]), counts[0], torch.zeros_like(counts[0]), counts[1]])
-    assert torch.equal(barycenter(with_nobody, LEVELS, kind), barycenter(counts, LEVELS, kind))
+    assert torch.equal(barycenter_quantiles(with_nobody, LEVELS, kind), barycenter_quantiles(counts, LEVELS, kind))
     halves = torch.stack([counts[0], counts[0].flip(0), torch.zeros_like(counts[0])])  # of equal weight
-    assert torch.equal(barycenter(halves, LEVELS, kind), barycenter(halves[:2], LEVELS, kind))
+    assert torch.equal(barycenter_quantiles(halves, LEVELS, kind), barycenter_quantiles(halves[:2], LEVELS, kind))
 
 
 def test_what_is_no_barycenter_is_refused_and_one_of_nobody():
     with pytest.raises(ValueError, match="barycenter must be quantile, median or cdf, got 'mean'"):
-        barycenter(torch.ones(2, 5), LEVELS, "mean")
+        barycenter_quantiles(torch.ones(2, 5), LEVELS, "mean")
     with pytest.raises(ValueError, match=r"counts must hold at least one score, got \(2, 5\) zeros"):
-        barycenter(torch.zeros(2, 5), LEVELS)
+        barycenter_quantiles(torch.zeros(2, 5), LEVELS)
 
 
 # Maps
@@ -216,7 +216,7 @@ def test_a_map_sends_all_ties_to_the_barycenters_quantile_at_their_rank(laws, ki
         for place in range(7):
             if own[place]:
                 rank = torch.tensor([ranks[scores == place].mean()])
-                assert sent[place].item() == pytest.approx(barycenter(counts, rank, kind).item(), abs=1e-12)
+                assert sent[place].item() == pytest.approx(barycenter_quantiles(counts, rank, kind).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
