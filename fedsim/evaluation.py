@@ -20,7 +20,7 @@ from fedsim.fairness import Notion, events, unfairness
 from fedsim.model import Model
 from fedsim.ranges import Count
 from fedsim.task import Batch, Cohort, Metrics, Reduce, Reply, Task, Traffic
-from fedsim.transport import class_scores, farthest, histogram
+from fedsim.transport import class_scores, farthest, histogram, score_width
 from fedsim.tree import Tree
 
 NOTIONS: tuple[Notion, ...] = ("demographic parity", "equal opportunity", "equalised odds")
@@ -85,9 +85,9 @@ class Evaluate(Client):
         if self.num_classes is not None:
             shape = (self.num_groups or 1, self.num_classes, self.num_classes)
             state["confusion"] = torch.zeros(shape, dtype=torch.int64 if self.classifier is None else torch.float64)
-        if self.score_bins is not None and self.num_classes is not None:
-            width = 1 if self.num_classes == 2 else self.num_classes
-            state["scores"] = torch.zeros((self.num_groups or 1, width, self.score_bins), dtype=torch.int64)
+            if self.score_bins is not None:
+                shape = (self.num_groups or 1, score_width(self.num_classes), self.score_bins)
+                state["scores"] = torch.zeros(shape, dtype=torch.int64)
         return state
 
     def step(self, state: Tree, batch: Batch) -> Tree:
@@ -110,16 +110,20 @@ class Evaluate(Client):
             member = batch["a"][:, None] == torch.arange(self.num_groups)  # (B, G)
             truth = (member[:, :, None] & truth[:, None]).flatten(1)  # (B, G K)
         counts = (truth.to(guess.dtype).T @ guess).reshape(state["confusion"].shape)
-        if "scores" in state:
-            state |= {"scores": state["scores"] + self._scores(outputs, batch)}
+        if self.score_bins is not None:
+            state |= {"scores": state["scores"] + self._scores(outputs, batch, self.score_bins)}
         return state | {"confusion": state["confusion"] + counts.to(state["confusion"].dtype)}
 
-    def _scores(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def _scores(self, outputs: Tensor, batch: Batch, bins: int) -> Tensor:
         """The histograms of scores, (G, S, bins), without those that are not finite."""
+        if outputs.shape[-1] != self.num_classes:
+            raise ValueError(
+                f"the model has {outputs.shape[-1]} outputs; to count scores: num_classes = {self.num_classes}"
+            )
         scores = class_scores(outputs)
         counted = batch["mask"] & scores.isfinite().all(1)
         groups = torch.where(counted, batch["a"] if self.num_groups else 0, -1)
-        return histogram(scores.nan_to_num(0), groups, self.num_groups or 1, self.score_bins or 0)
+        return histogram(scores.nan_to_num(0), groups, self.num_groups or 1, bins)
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The counts."""
@@ -170,8 +174,16 @@ def evaluate(engine: Engine, shared: Tree, cohort: Cohort, round: int, reduce: R
     if scores is not None:
         scores = scores.sum(0) if reduce == "stack" else scores
         pooled |= {"score_distance": farthest(scores)} if groups is not None and total else {}
-    told = replies.failed, replies.traffic, replies.incidents
-    return Evaluation(pooled, clients, confusion, *told, groups, scores)
+    return Evaluation(
+        pooled,
+        clients,
+        confusion,
+        replies.failed,
+        replies.traffic,
+        replies.incidents,
+        groups=groups,
+        scores=scores,
+    )
 
 
 def disparities(groups: Tensor) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from fedsim import tree
 from fedsim.ranges import Count, Natural, Positive, Probability
 from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
-from fedsim.transport import Barycenter, farthest, grid, transport_maps
+from fedsim.transport import Barycenter, farthest, grid, score_width, transport_maps
 from fedsim.tree import Tree
 
 
@@ -73,10 +73,9 @@ class WassFFed(Strategy):
 
     def init(self, params: Params) -> Tree:
         """The model; nothing is counted yet."""
-        width = 1 if self.num_classes == 2 else self.num_classes
         return {
             "params": params,
-            "counts": torch.zeros((self.num_groups, width, self.bins), dtype=torch.int64),
+            "counts": torch.zeros((self.num_groups, score_width(self.num_classes), self.bins), dtype=torch.int64),
             "transported": torch.zeros((), dtype=torch.int64),  # how often clients were sent maps
             "measured": torch.zeros((), dtype=torch.bool),  # whether the counts are those of this model
         }

@@ -34,6 +34,11 @@ def scores(record: RunRecord) -> Section | None:
         "The share of each group that has this score or less. The area between two curves is how far the groups are "
         "apart (W₁); the barycenter is what they would agree on with least transport (W₂)."
     )
+    most_groups, most_scores = (max(each.counts[0].shape[axis] for each in found.values()) for axis in (0, 1))
+    if most_groups > len(SERIES):
+        note += f" The first {len(SERIES)} of {most_groups} groups are drawn; the barycenter is that of all."
+    if most_scores > _CLASSES:
+        note += f" The scores of the first {_CLASSES} of {most_scores} classes are drawn."
     return Section("Scores", note, plots=tuple(plots))
 
 

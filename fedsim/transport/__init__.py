@@ -18,6 +18,7 @@ from fedsim.transport.laws import (
     nearest,
     quantiles,
     sample_quantiles,
+    score_width,
     wasserstein,
 )
 from fedsim.transport.maps import Barycenter, barycenter_quantiles, quantile_average, quantile_median, transport_maps
@@ -38,6 +39,7 @@ __all__ = [
     "quantile_median",
     "quantiles",
     "sample_quantiles",
+    "score_width",
     "transport_maps",
     "wasserstein",
 ]

@@ -33,6 +33,11 @@ def nearest(scores: Tensor, bins: int) -> Tensor:
     return ((bins - 1) * scores.double().nan_to_num() + 0.5).floor().clamp(0, bins - 1).long()
 
 
+def score_width(num_classes: int) -> int:
+    """S: how many scores a classifier of K classes has; two are told by the probability of the second."""
+    return 1 if num_classes == 2 else num_classes
+
+
 def class_scores(outputs: Tensor) -> Tensor:
     """The scores of a classifier with these outputs, (n, S): P(second class) of two, else P(each class).
 
@@ -40,7 +45,7 @@ def class_scores(outputs: Tensor) -> Tensor:
         outputs: logits, (n, K).
     """
     chances = outputs.softmax(-1)
-    return chances[:, 1:] if chances.shape[-1] == 2 else chances
+    return chances[:, -score_width(chances.shape[-1]) :]
 
 
 def histogram(scores: Tensor, groups: Tensor, num_groups: int, bins: int) -> Tensor:
