@@ -9,7 +9,7 @@ from clients.fedfact_post import Calibrate, Measure, reward
 from fedsim import tree
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised
-from fedsim.fairness import constraints, costs, events, prices, project
+from fedsim.fairness import charges, costs, events, project
 from fedsim.model import Model
 from fedsim.task import Cohort, Task
 from fedsim.testing import check_client, ragged
@@ -53,6 +53,17 @@ def scores_of(model, federation, client):
     return one_hot(examples["a"], GROUPS)[:, :, None] * outputs.softmax(1)[:, None]
 
 
+def binding(belongs):
+    """P(group, event), (G, V), out of what each example adds, (n, G, V); zero where less than one is expected."""
+    sums = belongs.sum(0)
+    return torch.where(sums < 1 - 1e-9, 0, sums) / max(len(belongs), 1)
+
+
+def belonging_to(found, scores):
+    """P(group, label in event | example), (n, G, V), by the definition."""
+    return torch.stack([scores[:, :, held].sum(2) for held in found.labels], 2)
+
+
 # What is measured.
 
 
@@ -65,8 +76,7 @@ def test_the_moments_are_those_of_belonging_to_a_group_and_an_event(notion, blin
     assert replies.weight.tolist() == list(SIZES)
     labels = events(NOTIONS[notion], CLASSES).labels
     for k, size in enumerate(SIZES):
-        scores = scores_of(model, federation, k)
-        each = torch.stack([scores[:, :, held].sum(2) for held in labels], 2)  # (n, G, V)
+        each = belonging_to(events(NOTIONS[notion], CLASSES), scores_of(model, federation, k))
         among, second = replies.update["among"][k], replies.update["second"][k]
         for i in range(GROUPS):
             for v in range(len(labels)):
@@ -83,11 +93,13 @@ def test_the_curvature_is_the_largest_eigenvalue_of_what_each_example_adds_to_ea
     kept = execute(Sequential, federation, Measure(**settings(model, notion)), {"params": model.params}).personal
     found = events(NOTIONS[notion], CLASSES)
     for k, size in enumerate(SIZES):
-        scores = scores_of(model, federation, k)
-        joint = scores.sum(0) / max(size, 1)  # P(group, label)
-        matrices = constraints(found, joint, joint)  # (G, V, G, K, K), which have P(group) in them
-        share = joint.sum(1).where(joint.sum(1) > 0, torch.ones(GROUPS))
-        each = torch.einsum("nai,gvaij->ngvj", scores, matrices / share[:, None, None]).flatten(1, 2)  # (n, G V, K)
+        belongs = belonging_to(found, scores_of(model, federation, k))  # (n, G, V)
+        among = binding(belongs)
+        there = (among > 0).double()
+        own = torch.eye(GROUPS).double()[:, None] / among.where(among > 0, torch.ones(1).double())[:, :, None]
+        apart = own - 1 / among.sum(0).clamp(min=1e-9)[:, None]  # (G, V, G), of a group compared by a group charged
+        column = one_hot(found.classes, CLASSES).double()
+        each = torch.einsum("nav,av,gv,gva,vj->ngvj", belongs, there, there, apart, column).flatten(1, 2)  # (n, G V, K)
         largest = torch.linalg.eigvalsh(torch.einsum("nuj,nwj->uw", each, each) / max(size, 1))[-1]
         assert float(kept["curvature"][k]) == pytest.approx(float(largest), abs=1e-10)
 
@@ -145,9 +157,9 @@ def test_steps_on_the_multipliers_go_down_the_slope_and_end_at_the_bottom(notion
     found, kept = events(NOTIONS[notion], CLASSES), measured(model, federation, notion)
 
     def objective(pair, k):
-        among = kept["among"][k]
         scores = scores_of(model, federation, k)
-        f = reward(scores, costs(found, price + prices(pair[0] - pair[1], among)))
+        among = binding(belonging_to(found, scores))
+        f = reward(scores, costs(found, price + charges(pair[0] - pair[1], among)))
         return smooth_maximum(f, 0.1, "log-sum-exp").mean() + tolerance * pair.sum()
 
     def after(steps):
@@ -155,8 +167,9 @@ def test_steps_on_the_multipliers_go_down_the_slope_and_end_at_the_bottom(notion
         return execute(Sequential, federation, client, {"price": price}, kept)
 
     one, many = after(1), after(300)
-    for k, among in enumerate(kept["among"]):
-        if not among.any(1).all():  # there is no other group to compare with
+    for k in range(len(SIZES)):
+        among = binding(belonging_to(found, scores_of(model, federation, k)))
+        if not (among > 0).all(0).any():  # there is no other group to compare with
             assert many.personal["dual"][k].max() < 1e-9
             continue
         leaf = kept["dual"][k].clone().requires_grad_()
@@ -189,7 +202,8 @@ def test_multipliers_start_at_zero_and_the_cost_kept_is_that_of_the_multipliers(
     kept = measured(model, federation, "EO")
     after = execute(Sequential, federation, client, {"price": price_for("EO")}, kept).personal
     for k in range(len(SIZES)):
-        own = prices(after["dual"][k, 0] - after["dual"][k, 1], kept["among"][k])
+        among = binding(belonging_to(events(NOTIONS["EO"], CLASSES), scores_of(model, federation, k)))
+        own = charges(after["dual"][k, 0] - after["dual"][k, 1], among)
         torch.testing.assert_close(after["cost"][k], costs(events(NOTIONS["EO"], CLASSES), own))
     assert after["cost"].abs().max() > 0.01
 

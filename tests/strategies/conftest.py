@@ -54,6 +54,18 @@ def alike(joint):
     return group[:, :, None, None] * joint.sum(1, keepdims=True)
 
 
+def faint(name, cell, expected, axes=(3,)):
+    """One of JOINTS with that many examples expected in a cell, the others along the axes having the rest."""
+    joint, size = JOINTS[name]
+    there = np.zeros_like(joint)
+    there[cell] = 1
+    part, whole_of_it = joint * there, joint.sum(axes, keepdims=True)
+    kept = part * expected / (size * part.sum())
+    others = joint - part
+    grown = (whole_of_it - kept.sum(axes, keepdims=True)) / (whole_of_it - part.sum(axes, keepdims=True))
+    return kept + others * grown, size
+
+
 DRAWN = random_joint(3, 2, 4, 3, 1)
 FOUR = random_joint(2, 3, 12, 4, 1).sum(0, keepdims=True)  # one client, three groups, four labels
 JOINTS = {
@@ -67,6 +79,13 @@ JOINTS = {
     "one label in use": whole(without(DRAWN, np.s_[..., 1:]), 200),
     "one class": whole(DRAWN.sum(3, keepdims=True), 200),
 }
+for expected in (0.0, 2e-4, 0.95, 1.05):
+    JOINTS |= {
+        f"a label, {expected}": faint("central", np.s_[0, 0, :, 2], expected),
+        f"a label of the first, {expected}": faint("canonical", np.s_[0, 0, :, 0], expected),
+        f"a group, {expected}": faint("four", np.s_[0, 2], expected, (1, 3)),
+    }
+JOINTS |= {f"a label of all, {expected}": faint("canonical", np.s_[:, 0, :, 0], expected) for expected in (0.8, 1.2)}
 
 
 def federation(joint, size, aware=True, labelled=False):
@@ -131,6 +150,7 @@ class Problem:
     tolerances: tuple[float, ...]  # of each scope
     temperature: float
     aware: bool = True
+    compared: np.ndarray | None = None  # the joint without the cells that are left out of all rates
 
     @cached_property
     def share(self):
@@ -140,10 +160,11 @@ class Problem:
     @cached_property
     def rows(self):
         """(1 + N, G V, N, G, X, K)."""
-        scopes = [constraints(self.joint, self.notion)]
-        for client in range(len(self.joint)):
-            part = np.zeros_like(self.joint)
-            part[client] = self.joint[client]
+        joint = self.joint if self.compared is None else self.compared
+        scopes = [constraints(joint, self.notion)]
+        for client in range(len(joint)):
+            part = np.zeros_like(joint)
+            part[client] = joint[client]
             scopes.append(constraints(part, self.notion))
         return np.stack(scopes)
 
