@@ -14,6 +14,9 @@ from the multipliers lambda (global) and mu_k (of client k), and p_k the clients
 
 The local side is `clients.fedfact_post`: `Measure`, `Calibrate`, and the classifier that comes out, `Calibrated`.
 
+With global constraints alone all clients decide alike. With local ones each has a classifier of its own: one for all
+of them would need P(client | x, group), which no client can tell.
+
 Symbols: `global_tolerance` is the paper's xi_g, `bound` its B_d, `temperature` its beta.
 
 Differs from the paper: lambda is extrapolated as in Nesterov's method, started anew when that leads uphill, and steps

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from clients.fedfact_post import Calibrated
 from fedsim.data.generated import canonical_table
@@ -79,6 +80,19 @@ def test_where_groups_are_alike_at_every_client_local_parity_costs_nothing(finit
     assert outcome.problem.limit == pytest.approx(0.6205, abs=1e-9)
     assert np.abs(outcome.pairs).max() < 1e-9
     assert outcome.problem.accuracy(outcome.classifier(randomised=False)) == pytest.approx(0.6205, abs=1e-9)
+
+
+@pytest.mark.parametrize("at_home", [None, 0.05])
+def test_all_clients_decide_alike_unless_they_have_constraints_of_their_own(at_home, finite):
+    outcome = finite.calibrated("canonical", "DP", 0.02, at_home)
+    examples = {"x": torch.eye(16, dtype=torch.float64), "a": torch.arange(16) // 4 % 2}
+    shared, cost = outcome.strategy.shared(outcome.snapshot.state), outcome.snapshot.personal.gather([0, 1])["cost"]
+    rule = Calibrated(outcome.calibrate.model, 3, 2, True, 0.1)
+    first, second = (rule(shared, {"cost": own}, examples) for own in cost)
+    assert torch.equal(first, second) == (at_home is None)
+    assert not torch.equal(first, rule({"params": shared["params"]}, {}, examples)), (
+        "it is not the model's own decision"
+    )
 
 
 def test_evaluation_counts_what_the_classifier_does(finite):
