@@ -24,7 +24,8 @@ Symbols: `local_tolerance` is the paper's xi_k, `bound` its B_d, `temperature` i
 
 Differs from the paper: mu_k stands for its mu_k / p_k, p_k the client's share of all examples; the bound is on it. The
 rates of equal opportunity and equalised odds are normalised by what the scores say of labels, not by counts of labels,
-so that a constant classifier is fair by them. Steps follow from the curvature.
+so that a constant classifier is fair by them. Steps follow from the curvature. A group and event in which the client
+expects less than one example is left out of its own constraints, but not of what it tells of itself.
 """
 
 from dataclasses import dataclass
@@ -42,11 +43,12 @@ from fedsim.fairness import (
     accelerated,
     ascend,
     belonging,
+    binding,
+    charges,
     costs,
     curvature,
     deviations,
     events,
-    prices,
     slackness,
 )
 from fedsim.model import Model
@@ -87,9 +89,10 @@ class Measure(Client):
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The moments; the model stays here, with what the client's own constraints need."""
         found = events(self.notion, self.num_classes)
-        curved = curvature(found, state["second"], state["among"])
+        examples = data["mask"].sum()
+        curved = curvature(found, state["second"], binding(state["among"], examples))
         kept = {"params": shared["params"], "among": state["among"], "curvature": curved}
-        return Reply(state, data["mask"].sum().to(curved.dtype), kept)
+        return Reply(state, examples.to(curved.dtype), kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +138,14 @@ class Calibrate(Client):
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The steps on mu, and the decisions that follow."""
-        among = personal["among"]
+        among = binding(personal["among"], data["mask"].sum())
         scores = joint_scores(self.model, personal["params"], data, self.num_groups, self.num_classes)
         size = data["mask"].sum().clamp(min=1)
         belongs = belonging(self.events, torch.where(data["mask"][:, None, None], scores, 0)) / size  # (n, G, V)
 
         def taken(dual: Tensor) -> Tensor:
             """How much of each group and event is taken for the event's class at these multipliers, (G, V)."""
-            price = shared["price"] + prices(dual[0] - dual[1], among)
+            price = shared["price"] + charges(dual[0] - dual[1], among)
             chosen = self._response(reward(scores, costs(self.events, price)))
             return torch.einsum("ngv,nv->gv", belongs, chosen[:, self.events.classes])
 
@@ -173,10 +176,12 @@ class Calibrate(Client):
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """What is taken for what; the multipliers stay here, as does what they take from the reward of a decision."""
         kept = {name: state[name] for name in ("dual", "ahead", "momentum")}
-        kept["cost"] = costs(self.events, prices(state["dual"][0] - state["dual"][1], state["among"]))
+        examples = data["mask"].sum()
+        price = charges(state["dual"][0] - state["dual"][1], binding(state["among"], examples))
+        kept["cost"] = costs(self.events, price)
         metrics = {"duality_gap": state["gap"]} if self.smoothing == "log-sum-exp" else {}
         update = {"taken": state["taken"], "among": state["among"]}
-        return Reply(update, data["mask"].sum().to(state["taken"].dtype), kept, metrics)
+        return Reply(update, examples.to(state["taken"].dtype), kept, metrics)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,15 @@ from the multipliers lambda (global) and mu_k (of client k), and p_k the clients
 
 The local side is `clients.fedfact_post`: `Measure`, `Calibrate`, and the classifier that comes out, `Calibrated`.
 
+With global constraints alone all clients decide alike. With local ones each has a classifier of its own: one for all
+of them would need P(client | x, group), which no client can tell.
+
 Symbols: `global_tolerance` is the paper's xi_g, `bound` its B_d, `temperature` its beta.
 
 Differs from the paper: lambda is extrapolated as in Nesterov's method, started anew when that leads uphill, and steps
 follow from the curvature. It ends when the duality gap is small. Prices travel down, not multipliers: half as many
-numbers.
+numbers. A group and event in which all clients together expect less than one example binds nothing: it has no
+multiplier, is in no pooled rate, and is charged nothing. Else its price, up to bound / P(group, event), would rule.
 """
 
 import math
@@ -30,7 +34,19 @@ import torch
 from torch import Tensor
 
 from fedsim import tree
-from fedsim.fairness import Events, Notion, accelerated, ascend, costs, curvature, deviations, events, prices, slackness
+from fedsim.fairness import (
+    Events,
+    Notion,
+    accelerated,
+    ascend,
+    binding,
+    charges,
+    costs,
+    curvature,
+    deviations,
+    events,
+    slackness,
+)
 from fedsim.method import averages
 from fedsim.ranges import Count, Natural, NonNegative, Positive
 from fedsim.runs import trained
@@ -98,7 +114,7 @@ class FedFactPost(Strategy):
             "momentum": like.new_ones(()),
             "curvature": like.new_zeros(()),  # of the smooth maximum, times 2 temperature
             "gap": like.new_full((), torch.inf),
-            "among": among,  # P(group, label in event) by the scores
+            "among": among,  # P(group, label in event) by the scores, where that binds
             "measured": torch.zeros(self.num_clients, dtype=torch.bool),
         }
 
@@ -116,7 +132,7 @@ class FedFactPost(Strategy):
         if task.action == "train":
             return state | {"params": replies.update["params"]}, {}
         if task.action == "measure":
-            among = replies.update["among"]
+            among = binding(replies.update["among"], replies.weight.sum())
             curved = curvature(self.events, replies.update["second"], among)
             measured = state["measured"].index_fill(0, torch.tensor(replies.ids), True)
             return state | {"among": among, "curvature": curved, "measured": measured}, {}
@@ -131,12 +147,13 @@ class FedFactPost(Strategy):
         return {"params": state["params"], "cost": costs(self.events, self._price(state))}
 
     def _price(self, state: Tree) -> Tensor:
-        return prices(state["ahead"][0] - state["ahead"][1], state["among"])
+        return charges(state["ahead"][0] - state["ahead"][1], state["among"])
 
     def _descend(self, state: Tree, replies: Replies) -> tuple[Tree, Metrics]:
         """One step of Nesterov's method on lambda."""
         ahead, dual, momentum = state["ahead"], state["dual"], state["momentum"]
-        apart = deviations(replies.update["taken"], replies.update["among"])
+        among = torch.where(state["among"] > 0, replies.update["among"], 0)
+        apart = deviations(replies.update["taken"], among)
         whole = len(replies.ids) == state["measured"].sum()  # of fewer it is not the gap of all
         gap = averages(replies).get("duality_gap", math.inf) if whole else math.inf
         if self.global_tolerance is not None:

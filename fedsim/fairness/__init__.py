@@ -15,6 +15,7 @@ from fedsim.fairness.duals import accelerated, ascend, project, slackness
 from fedsim.fairness.measures import (
     Unfairness,
     belonging,
+    binding,
     count,
     deviations,
     known,
@@ -25,7 +26,7 @@ from fedsim.fairness.measures import (
 )
 from fedsim.fairness.notions import Events, Notion, events
 from fedsim.fairness.optimum import Optimum, optimum
-from fedsim.fairness.prices import constraints, costs, curvature, prices
+from fedsim.fairness.prices import charges, constraints, costs, curvature, prices
 
 __all__ = [
     "Events",
@@ -35,6 +36,8 @@ __all__ = [
     "accelerated",
     "ascend",
     "belonging",
+    "binding",
+    "charges",
     "constraints",
     "costs",
     "count",

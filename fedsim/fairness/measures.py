@@ -34,15 +34,26 @@ def count(found: Events, scores: Tensor, predicted: Tensor) -> tuple[Tensor, Ten
     return taken, belongs.sum(0)
 
 
+def binding(among: Tensor, examples: Tensor) -> Tensor:
+    """How much falls under each event, (G, V), and zero where less than one example is expected to: that binds nothing.
+
+    Args:
+        among: P(group, label in event), (G, V).
+        examples: how many there are, ().
+    """
+    return torch.where(among * examples < 0.99, 0, among)  # 1, but for rounding
+
+
 def deviations(taken: Tensor, among: Tensor) -> Tensor:
     """Each group's rate minus the pooled one, (G, V); zero for a group of which nothing falls under an event.
 
     Args:
-        taken: how much of each group and event is taken for the event's class, (G, V); any scale, that of `among`.
+        taken: how much of each group and event is taken for the event's class, (G, V); any scale, that of `among`;
+            where `among` is zero it does not count.
         among: how much falls under the event, (G, V).
     """
     there = among > 0
-    pooled = taken.sum(0) / torch.where(there.any(0), among.sum(0), 1)  # (V,)
+    pooled = torch.where(there, taken, 0).sum(0) / torch.where(there.any(0), among.sum(0), 1)  # (V,)
     return torch.where(there, taken / torch.where(there, among, 1) - pooled, 0)
 
 

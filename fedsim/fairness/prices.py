@@ -56,6 +56,11 @@ def prices(multipliers: Tensor, among: Tensor) -> Tensor:
     return some / torch.where(there, among, 1) - some.sum(0) / whole
 
 
+def charges(multipliers: Tensor, among: Tensor) -> Tensor:
+    """The prices, (G, V), but none for a group and event of which nothing is there: it is not in the pooled rate."""
+    return torch.where(among > 0, prices(multipliers, among), 0)
+
+
 def curvature(found: Events, second: Tensor, among: Tensor) -> Tensor:
     """The largest curvature, in multipliers, of sum_j f_j^2 / 2 averaged over examples, f the rewards of decisions, ().
 
@@ -64,11 +69,11 @@ def curvature(found: Events, second: Tensor, among: Tensor) -> Tensor:
     Args:
         found: the events.
         second: E[b[a, v] b[a', v']], (G, V, G, V), b an example's P(group, label in event).
-        among: P(group, label in event), (G, V), as for `prices`.
+        among: P(group, label in event), (G, V), as for `charges`.
     """
     size = among.numel()
     units = torch.eye(size, dtype=among.dtype).reshape(size, *among.shape)
-    price = torch.func.vmap(prices, (0, None))(units, among).reshape(size, size)
+    price = torch.func.vmap(charges, (0, None))(units, among).reshape(size, size)
     same = (found.classes[:, None] == found.classes).to(second.dtype)  # (V, V)
     within = (second * same[None, :, None, :]).reshape(size, size)
     largest: Tensor = torch.linalg.eigvalsh(price @ within @ price.T)[-1]

@@ -8,7 +8,19 @@ import torch
 from torch.func import grad, jacrev
 
 from fedsim.data.generated import canonical_table, random_joint
-from fedsim.fairness import Notion, belonging, constraints, costs, count, curvature, deviations, events, prices
+from fedsim.fairness import (
+    Notion,
+    belonging,
+    binding,
+    charges,
+    constraints,
+    costs,
+    count,
+    curvature,
+    deviations,
+    events,
+    prices,
+)
 
 NOTIONS = get_args(Notion)
 
@@ -96,6 +108,37 @@ def test_what_is_empty_costs_nothing_and_deviates_by_nothing(notion, lacking):
             assert (apart[:, ~alone] != 0).all()
             curved = curvature(found, torch.einsum("gv,hw->gvhw", there, there), there)
             assert torch.isfinite(curved) and curved >= -1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_example_binds_and_less_does_not(dtype):
+    examples = torch.arange(1, 5000)
+    one = torch.ones((), dtype=dtype) / examples  # times that many it is not always 1
+    assert torch.equal(binding(one, examples), one)
+    assert torch.equal(binding(1.05 * one, examples), 1.05 * one)
+    assert not binding(0.95 * one, examples).any() and not binding(0 * one, examples).any()
+
+
+@pytest.mark.parametrize("notion", NOTIONS)
+def test_what_does_not_bind_is_in_no_rate_and_charged_nothing(notion):
+    found = events(notion, 3)
+    joint = torch.from_numpy(random_joint(2, 3, 5, 3, 6))
+    weight, scores = (part.flatten(0, 1) for part in cells(joint, aware=False))
+    second, there = measured(found, weight, scores)
+    bound = there.clone()
+    bound[1] = bound[0, -1] = 0
+    z, r = multipliers(found, 3), torch.rand(there.shape, generator=torch.Generator().manual_seed(1)).double()
+    assert torch.equal(deviations(r * there, bound), deviations(r * bound, bound))
+    price = charges(z, bound)
+    assert not price[bound == 0].any() and torch.equal(price[bound > 0], prices(z, bound)[bound > 0])
+    assert torch.equal(charges(z, there), prices(z, there))
+    # A price is what a taken example adds to all deviations, times their multipliers.
+    slope = grad(lambda taken: (z * deviations(taken, bound)).sum())(r * there)
+    close(price, slope)
+    kept = (bound > 0).double()
+    without = torch.einsum("gvhw,gv,hw->gvhw", second, kept, kept)
+    close(curvature(found, second, bound), curvature(found, without, bound))
+    assert (curvature(found, second, there) - curvature(found, second, bound)).abs() > 1e-3
 
 
 @pytest.mark.parametrize("notion", NOTIONS)

@@ -113,6 +113,22 @@ def test_the_local_constraints_alone_make_clients_fair():
     assert here == 0 and there > 0
 
 
+@pytest.mark.parametrize("average", [1, 4])
+@pytest.mark.parametrize("personalised", [False, True], ids=["one model", "personalised"])
+def test_all_clients_decide_alike_unless_they_have_models_of_their_own(personalised, average):
+    train, examples = plane(900, 0), {"x": plane(900, 1).columns["x"]}
+    model = mlp(train, 0, hidden=[32])
+    own = {"local_tolerance": 0.0, "personalised": personalised, "average": average}
+    clients = {"train": FairSgd(model, K, G, lr=0.1, momentum=0.9, batch_size=32, **own)}
+    strategy = FedFact(K, G, global_tolerance=0.0)
+    start = begin(strategy, model.params, clients, 3)
+    *_, last = islice(rounds(strategy, Vectorised(train, clients), everyone(3), start), 6)
+    kept, shared = last.snapshot.personal.gather([0, 1, 2]), strategy.shared(last.snapshot.state)
+    found = [Ensemble(model)(shared, take(kept, torch.tensor(k)), examples) for k in range(3)]
+    assert kept["dual"].flatten(1).any(1).all(), "each has constraints of its own"
+    assert (torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])) == (not personalised)
+
+
 def test_two_clients_a_round_are_enough():
     accuracy, at_large, *_ = trained(0.02, 0.05, count=2)
     assert accuracy >= OPTIMUM[0.02, 0.05] - 0.02
