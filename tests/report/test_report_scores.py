@@ -148,15 +148,19 @@ def test_of_more_than_two_classes_each_has_a_figure_and_of_many_the_first_four(t
     three = plots(make(tmp_path / "three", {1: drawn(width=3)}, names=names, classes=3))
     assert list(three) == ["scores-test-1-0", "scores-test-1-1", "scores-test-1-2"]
     assert [plot.title.split(",")[0] for plot in three.values()] == [f"Distribution of P({name})" for name in "abc"]
-    six = plots(make(tmp_path / "six", {1: drawn(width=6), 2: drawn(width=6)}, names={}, classes=6))
+    run = make(tmp_path / "six", {1: drawn(width=6), 2: drawn(width=6)}, names={}, classes=6)
+    six = plots(run)
+    assert scores(read_run(run)).note.endswith("The scores of the first 4 of 6 classes are drawn.")
     assert list(six) == [f"scores-test-{number}-{label}" for number in (1, 2) for label in range(4)]
     assert [plot.title.split(",")[0] for plot in six.values()] == 2 * [f"Distribution of P({n})" for n in range(4)]
 
 
 def test_of_many_groups_as_many_are_drawn_as_there_are_colours_and_all_are_in_the_barycenter(tmp_path):
     counts = drawn(groups=11)
-    (plot,) = plots(make(tmp_path, {1: counts}, names={})).values()
+    run = make(tmp_path, {1: counts}, names={})
+    (plot,) = plots(run).values()
     found = curves(plot)
+    assert scores(read_run(run)).note.endswith("The first 8 of 11 groups are drawn; the barycenter is that of all.")
     assert list(found) == [*map(str, range(len(SERIES))), "barycenter"]
     expected = barycenter_quantiles(counts[:, 0], levels(len(found["barycenter"][0])))
     assert found["barycenter"][0].tolist() == pytest.approx(expected.tolist())
