@@ -25,7 +25,7 @@ def trade_off(rows: Sequence[Row], measure: str, against: str, bound: Bound | No
     shown = [row for row in rows if measure in row.values and against in row.values]
     if not shown:
         return None
-    figure, axes = blank(f"{label(measure)} against {label(against).lower()}, mean and deviation over seeds", 4.2)
+    figure, axes = blank(f"{label(measure)} against {label(against).lower()}", 4.2)
     figure.set_figwidth(7.5)
     if bound is not None:
         axes.plot(bound.across, bound.along, "--", color=QUIET, linewidth=1.2, label=named(bound.name))
