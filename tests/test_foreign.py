@@ -29,13 +29,14 @@ from fedsim.config import ConfigError
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.evaluation import Evaluate
+from fedsim.files import read_lines
 from fedsim.flower import ClientNodes, SimulationGrid
 from fedsim.foreign import Foreign, adopt
 from fedsim.job import Plan
 from fedsim.launch import resume, run, simulate
 from fedsim.model import Model
 from fedsim.personal import Personal
-from fedsim.runs import read_checkpoint, read_lines
+from fedsim.runs import read_checkpoint
 from fedsim.sampling import dropout, everyone, uniform
 from fedsim.simulation import Snapshot, begin, rounds
 from fedsim.task import Cohort, Draw, Metrics, Params, Task

@@ -14,10 +14,11 @@ from clients.sgd import Sgd
 from fedsim.client import Client
 from fedsim.config import ConfigError, assemble, read
 from fedsim.engines.local import Sequential
+from fedsim.files import read_lines
 from fedsim.job import Plan, Result
 from fedsim.launch import resume, run, simulate
 from fedsim.model import Model
-from fedsim.runs import Run, read_checkpoint, read_lines
+from fedsim.runs import Run, read_checkpoint
 from fedsim.sampling import uniform
 from fedsim.simulation import TooFewReplies
 from fedsim.task import Metrics, Reply

@@ -17,9 +17,10 @@ from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from fedsim import tree
 from fedsim.evaluation import Evaluation
+from fedsim.files import append, as_csv, read_lines, replace
 from fedsim.model import Model
 from fedsim.personal import Personal
-from fedsim.runs import Run, append, as_csv, read_checkpoint, read_lines, replace, trained
+from fedsim.runs import Run, read_checkpoint, trained
 from fedsim.simulation import Snapshot
 
 MODEL = Model(torch.nn.Linear(2, 3))
