@@ -209,7 +209,7 @@ def spread(evaluation: Evaluation) -> Metrics:
         return {}
     apart = set(disparities(evaluation.groups)) if evaluation.groups is not None else set()
     metrics: Metrics = {f"local_{name}": float(evaluation.clients[name][some].max()) for name in sorted(apart)}
-    for name in evaluation.pooled.keys() & evaluation.clients.keys() - apart - {"examples", "loss"}:
+    for name in sorted(evaluation.pooled.keys() & evaluation.clients.keys() - apart - {"examples", "loss"}):
         values = evaluation.clients[name][some]
         metrics |= {f"{name}/min": float(values.min()), f"{name}/p10": float(np.quantile(values, 0.1))}
         metrics[f"{name}/std"] = float(values.std())

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsim.config.plugins import HOME, ConfigError, absolute, closest, shown
-from fedsim.config.recipe import describe, unfit
+from fedsim.config.recipe import COUNTED, describe, unfit
 
 Table = dict[str, Any]
 SPLIT = {"use": "fedsim.data.federation:divide"}  # also where a table for it names nothing else
@@ -63,9 +63,9 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("fedsim.datasets", ("seed",)),
     "partition": ("fedsim.partitions", ("columns", "seed")),
     "split": ("fedsim.splits", ("dataset", "partition", "seed")),
-    "model": ("fedsim.models", ("federation", "num_classes", "num_groups", "seed")),
-    "strategy": ("fedsim.strategies", ("federation", "model", "num_classes", "num_clients", "num_groups", "seed")),
-    "clients": ("fedsim.clients", ("federation", "model", "num_classes", "num_clients", "num_groups", "seed")),
+    "model": ("fedsim.models", ("federation", *COUNTED, "seed")),
+    "strategy": ("fedsim.strategies", ("federation", "model", *COUNTED, "num_clients", "seed")),
+    "clients": ("fedsim.clients", ("federation", "model", *COUNTED, "num_clients", "seed")),
     "sample": ("fedsim.samplers", ("federation", "num_clients", "seed")),
     "engine": ("fedsim.engines", ("federation", "clients", "seed")),
 }

@@ -18,7 +18,8 @@ from fedsim.config.plugins import ConfigError, canonical, closest, find, shown
 from fedsim.randomness import seeding
 from fedsim.ranges import limits
 
-COUNTED = {"num_classes": "y", "num_groups": "a"}  # filled in: how many values of which column have a name
+# Filled in: how many values of which column have a name.
+COUNTED = {"num_classes": "y", "num_groups": "a", "num_items": "item"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: dict[Any, str] = {
     type(None): "nothing",

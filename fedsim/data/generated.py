@@ -175,7 +175,7 @@ def latent_factor_ratings(users: Count = 300, items: Count = 400, factors: Count
         "rating": torch.ones(sum(sizes)),
         "time": torch.from_numpy(np.concatenate([np.arange(size) for size in sizes])),
     }
-    return Dataset("latent_factor_ratings", columns)
+    return Dataset("latent_factor_ratings", columns, names={"item": tuple(str(item) for item in range(items))})
 
 
 def _dataset(name: str, x: Floats, y: NDArray[np.int64], a: NDArray[np.int64], client: NDArray[np.int64]) -> Dataset:

@@ -1,0 +1,81 @@
+"""RankItems: puts each user's held-out item in order with others, and counts where it stands."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedsim.client import Client
+from fedsim.ranges import Count
+from fedsim.ranking.measures import hit_rate, ndcg, rank
+from fedsim.ranking.splitting import KNOWN, WANTED
+from fedsim.task import Batch, Reply
+from fedsim.tree import Tree
+
+
+class Scorer(ABC):
+    """How a method scores items for a user."""
+
+    @abstractmethod
+    def __call__(self, shared: Tree, personal: Tree, items: Tensor) -> Tensor:
+        """The scores (n,) of items (n,), out of what the server shared and what the user keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankItems(Client):
+    """Hit rate and NDCG of a user's held-out item; its metrics are sums over users, "examples" how many there are.
+
+    "hr_10" and "ndcg_10" are among the held-out item and its drawn negatives; "full_hr_10" and "full_ndcg_10" among all
+    items but those that the user is known to have. Ties count against it.
+
+    Attributes:
+        scorer: what gives scores.
+        num_items: I; None: nothing is ranked in full.
+        at: how many items are proposed.
+        part: which held-out item.
+    """
+
+    scorer: Scorer
+    num_items: Count | None = None
+    at: tuple[Count, ...] = (5, 10, 20)
+    part: Literal["validation", "test"] = "test"
+    batch_size: Count = 2**30  # its one step does nothing
+
+    @property
+    def split(self) -> str:
+        """Which part of a user's items is put in order."""
+        return self.part
+
+    def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
+        """Where the held-out item stands."""
+        item, mask = data["item"], data["mask"]
+        wanted, candidate = mask & (data["y"] == WANTED), mask & (data["y"] != KNOWN)
+        state = {"rank": rank(self.scorer(shared, personal, item), wanted, candidate), "there": wanted.any()}
+        if self.num_items is None:
+            return state
+        every = torch.arange(self.num_items)
+        # Told by counts, because of what `vmap` allows: padding counts nowhere.
+        held, known = (
+            torch.zeros(self.num_items, dtype=torch.int64).scatter_add(0, item, some.long()) > 0
+            for some in (wanted, mask & (data["y"] == KNOWN))
+        )
+        return state | {"full_rank": rank(self.scorer(shared, personal, every), held, ~known)}
+
+    def step(self, state: Tree, batch: Batch) -> Tree:
+        """All is done."""
+        return state
+
+    def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
+        """The measures of this user; zero where nothing was held out."""
+        there = state["there"].double()
+        metrics = {"examples": there}
+        for name in ("rank", "full_rank"):
+            if name not in state:
+                continue
+            before = name.removesuffix("rank")
+            for k in self.at:
+                metrics[f"{before}hr_{k}"] = there * hit_rate(state[name], k)
+                metrics[f"{before}ndcg_{k}"] = there * ndcg(state[name], k)
+        return Reply({}, there, metrics=metrics)

@@ -1,0 +1,170 @@
+"""Leave one out: who is trained on what, what is held out, and who is left out."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.data.dataset import Dataset
+from fedsim.data.datasets import filmtrust, latent_factor_ratings, movielens_100k
+from fedsim.data.partition import by_column, iid
+from fedsim.ranking import DRAWN, KNOWN, WANTED, leave_one_out
+
+
+def dataset(rows, **others):
+    """Interactions (user, item, time)."""
+    columns = dict(zip(("user", "item", "time"), torch.tensor(rows).T, strict=True))
+    return Dataset("some", columns | others)
+
+
+def split(data, **settings):
+    return leave_one_out(data, by_column(data.columns, column="user"), **settings)
+
+
+def part(federation, user, name, y):
+    """The items of a part that are said to be y."""
+    found = federation.examples(user, name)
+    return found["item"][found["y"] == y].tolist()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Three users with 3, 4 and 3 of 8 items, in no order."""
+    rows = [
+        [0, 3, 50],
+        [1, 7, 1],
+        [0, 1, 10],
+        [1, 2, 9],
+        [2, 0, 5],
+        [1, 0, 4],
+        [0, 5, 20],
+        [2, 6, 6],
+        [1, 4, 2],
+        [2, 1, 7],
+    ]
+    return dataset(rows)
+
+
+def test_the_latest_is_tested_the_one_before_validated_and_the_others_are_trained_on(small):
+    found = split(small, negatives=3, min_items=3)
+    assert [part(found, user, "train", WANTED) for user in range(3)] == [[1], [7, 4], [0]]
+    assert [part(found, user, "validation", WANTED) for user in range(3)] == [[5], [0], [6]]
+    assert [part(found, user, "test", WANTED) for user in range(3)] == [[3], [2], [1]]
+
+
+def test_what_a_user_is_known_to_have_stands_where_its_held_out_item_does(small):
+    found = split(small, negatives=3, min_items=3)
+    for user in range(3):
+        train = part(found, user, "train", WANTED)
+        assert part(found, user, "validation", KNOWN) == train
+        assert part(found, user, "test", KNOWN) == train + part(found, user, "validation", WANTED)
+
+
+def test_negatives_are_distinct_items_that_the_user_never_touched_and_the_same_in_every_run(small):
+    found, again, other = (split(small, negatives=3, min_items=3, drawn_by=seed) for seed in (1, 1, 2))
+    for user in range(3):
+        touched = set(part(found, user, "test", KNOWN) + part(found, user, "test", WANTED))
+        for name in ("validation", "test"):
+            drawn = part(found, user, name, DRAWN)
+            assert len(set(drawn)) == 3 and not touched & set(drawn)
+            assert drawn == part(again, user, name, DRAWN)
+    assert [part(found, user, "test", DRAWN) for user in range(3)] != [part(other, u, "test", DRAWN) for u in range(3)]
+
+
+def test_without_validation_the_second_latest_is_one_to_train_on(small):
+    found = split(small, negatives=3, min_items=3, validation=False)
+    assert [part(found, user, "train", WANTED) for user in range(3)] == [[1, 5], [7, 4, 0], [0, 6]]
+    assert found.sizes("validation").tolist() == [0, 0, 0]
+    with_it = split(small, negatives=3, min_items=3)
+    for user in range(3):
+        assert part(found, user, "test", DRAWN) == part(with_it, user, "test", DRAWN), "the test is the same one"
+
+
+def test_users_with_too_few_items_are_left_out_and_items_that_nobody_has_then(small):
+    found = split(small, negatives=0, min_items=4)
+    assert found.num_clients == 1
+    assert found.names["item"] == ("0", "2", "4", "7")
+    assert part(found, 0, "test", WANTED) == [1], "item 2, numbered anew"
+
+
+def test_items_that_the_data_names_stay(small):
+    named = Dataset("some", small.columns, names={"item": tuple("abcdefgh")})
+    found = split(named, negatives=1, min_items=4)
+    assert found.names["item"] == tuple("abcdefgh")
+    assert part(found, 0, "test", WANTED) == [2]
+
+
+def test_an_item_that_occurs_twice_counts_once_where_it_occurs_first():
+    found = split(
+        dataset([[0, 0, 1], [0, 1, 2], [0, 2, 3], [0, 0, 9], [1, 3, 1], [1, 4, 2], [1, 5, 3]]), negatives=1, min_items=3
+    )
+    assert part(found, 0, "test", WANTED) == [2] and part(found, 0, "train", WANTED) == [0]
+
+
+def test_of_two_at_the_same_time_the_first_is_the_later_one():
+    found = split(dataset([[0, 0, 5], [0, 1, 5], [0, 2, 1], [1, 3, 1], [1, 4, 2], [1, 5, 3]]), negatives=1, min_items=3)
+    assert part(found, 0, "test", WANTED) == [0] and part(found, 0, "validation", WANTED) == [1]
+
+
+def test_without_times_a_random_item_is_held_out_always_the_same():
+    columns = {"user": torch.arange(40) // 10, "item": torch.arange(40)}
+    found, again = (split(Dataset("timeless", columns), negatives=5) for _ in range(2))
+    tests = [part(found, user, "test", WANTED)[0] for user in range(4)]
+    assert tests == [part(again, user, "test", WANTED)[0] for user in range(4)]
+    assert tests != [9, 19, 29, 39]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_items": 2}, "min_items must be more than the 2 that are held out, got 2"),
+        ({"min_items": 9}, "some: no user has min_items = 9 different items"),
+        ({"min_items": 3, "negatives": 99}, "user 0 has 3 of 8 items, so there are not 99 negatives to draw"),
+        ({"negatives": -1}, "negatives must be >= 0, got -1"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(small, change, message):
+    with pytest.raises(ValueError, match=message):
+        split(small, **change)
+
+
+def test_data_without_users_or_of_clients_with_several_is_refused(small):
+    with pytest.raises(ValueError, match="lonely has no column user, only item"):
+        leave_one_out(Dataset("lonely", {"item": torch.arange(4)}), iid({"item": torch.arange(4)}, 0, 2))
+    with pytest.raises(ValueError, match="client 0 has . users; partition by_column 'user'"):
+        leave_one_out(small, iid(small.columns, 0, 2), min_items=3, negatives=1)
+
+
+# Known data.
+
+
+def test_the_generated_ratings_are_split_as_published():
+    found = split(latent_factor_ratings(), validation=False)
+    assert found.num_clients == 300 and len(found.names["item"]) == 400
+    assert found.sizes().sum() == 7174 and (found.sizes().min(), found.sizes().max()) == (7, 40)
+    assert sorted(part(found, 0, "train", WANTED))[:6] == [90, 95, 120, 161, 168, 213]
+    assert len(part(found, 0, "train", WANTED)) == 12
+    assert [part(found, user, "test", WANTED) for user in range(5)] == [[283], [41], [93], [380], [293]]
+    assert part(found, 0, "test", DRAWN)[:5] == [22, 59, 127, 116, 330]
+
+
+def real(name):
+    folder = os.environ.get("FEDSIM_DATA")
+    if not folder or not (Path(folder) / name).is_dir():
+        pytest.skip(f"FEDSIM_DATA names no folder with {name}/")
+
+
+def test_movielens_has_as_many_users_and_items_as_it_says():
+    real("movielens-100k")
+    found = split(movielens_100k(), validation=False)
+    assert (found.num_clients, len(found.names["item"]), int(found.sizes().sum())) == (943, 1682, 99_057)
+    sizes = np.array([len(part(found, user, "test", DRAWN)) for user in range(0, 943, 100)])
+    assert (sizes == 99).all()
+
+
+def test_filmtrust_has_as_many_users_and_items_as_are_active():
+    real("filmtrust")
+    found = split(filmtrust(), validation=False)
+    assert (found.num_clients, len(found.names["item"]), int(found.sizes().sum())) == (1227, 2059, 33_659)
