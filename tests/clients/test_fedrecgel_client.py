@@ -1,0 +1,237 @@
+"""FedRecGEL's local side: plain gradients at radius zero, one block climbed at a time, and few rows that travel."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from clients.fedrecgel import OWN, TABLES, DualSam, climbed, draw, first, scorer
+from fedsim import tree
+from fedsim.data.federation import Federation
+from fedsim.engines.local import Sequential, Vectorised
+from fedsim.model import Model, gradient
+from fedsim.optim import adam
+from fedsim.personal import Personal
+from fedsim.task import Cohort, Task
+from fedsim.testing import check_client
+
+ITEMS = [0, 3, 5, 3, 7]  # item 3 occurs twice
+LABELS = [1, 0, 0, 0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsTold(DualSam):
+    """Takes rows and labels as they are, instead of drawing them."""
+
+    def prepare(self, examples, rng):
+        return examples | {"first": first(examples["item"])}
+
+
+class Tiny:
+    """Twelve items, one user, five rows, in float64."""
+
+    def __init__(self, **settings):
+        base = scorer(12)
+        module = base.module.double()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in module.named_parameters():
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(noise if name.startswith(OWN) else parameter.data + noise)
+        self.model = Model(module, base.criterion, "item", "y")
+        self.own = {name: leaf for name, leaf in self.model.params.items() if name.startswith(OWN)}
+        self.shared = {name: leaf for name, leaf in self.model.params.items() if name not in self.own}
+        self.client = AsTold(**{"model": self.model, "rho_shared": 0.0, "rho_own": 0.0} | settings)
+        columns = {"item": torch.tensor(ITEMS), "y": torch.tensor(LABELS)}
+        bounds = torch.tensor([[0, 5, 5, 5]]).numpy()
+        self.federation = Federation(columns, torch.arange(5).numpy(), bounds)
+
+    def loss(self, shared, own):
+        """By dense tables, in plain torch."""
+        logits = torch.func.functional_call(self.model.module, shared | own, (torch.tensor(ITEMS),))
+        return binary_cross_entropy_with_logits(logits, torch.tensor(LABELS, dtype=torch.float64))
+
+    def slopes(self, shared, own):
+        at = {"shared": shared, "own": own}
+        return gradient(lambda part: self.loss(part["shared"], part["own"]), at)[1]
+
+    def answer(self, **settings):
+        """What the user sends, tables dense, and keeps."""
+        client = replace(self.client, **settings)
+        personal = tree.stack([{"own": self.own, "adam": client.optimiser.init(self.own)}])
+        engine = Sequential(self.federation, {"train": client})
+        replies = engine.execute(Task("train", {"params": self.shared}), Cohort([0], personal))
+        sent = {
+            name: leaf.dense() if isinstance(leaf, tree.Rows) else leaf[0]
+            for name, leaf in replies.update["params"].items()
+        }
+        return sent, tree.take(replies.personal, 0), replies
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Tiny()
+
+
+def distance(one, other):
+    return float(tree.norm(tree.map(torch.sub, one, other)))
+
+
+def test_radii_of_zero_are_the_plain_gradient_and_a_plain_step_of_adam(tiny):
+    sent, kept, _ = tiny.answer()
+    slope = tiny.slopes(tiny.shared, tiny.own)
+    for name, leaf in slope["shared"].items():
+        torch.testing.assert_close(sent[name], leaf, rtol=1e-12, atol=1e-15)
+    expected, _ = adam(0.1).update(slope["own"], adam(0.1).init(tiny.own), tiny.own)
+    for name, leaf in expected.items():
+        torch.testing.assert_close(kept["own"][name], leaf, rtol=1e-9, atol=1e-12)
+
+
+def test_each_block_is_climbed_alone_by_the_distance_that_was_asked_for(tiny):
+    slope = tiny.slopes(tiny.shared, tiny.own)
+    up = climbed(tiny.shared, slope["shared"], 0.05), climbed(tiny.own, slope["own"], 0.07)
+    assert distance(up[0], tiny.shared) == pytest.approx(0.05, rel=1e-10)
+    assert distance(up[1], tiny.own) == pytest.approx(0.07, rel=1e-10)
+    sent, kept, _ = tiny.answer(rho_shared=0.05, rho_own=0.07)
+    for name, leaf in tiny.slopes(up[0], tiny.own)["shared"].items():
+        torch.testing.assert_close(sent[name], leaf, rtol=1e-10, atol=1e-14)
+    step = tiny.slopes(tiny.shared, up[1])["own"]
+    expected, _ = adam(0.1).update(step, adam(0.1).init(tiny.own), tiny.own)
+    for name, leaf in expected.items():
+        torch.testing.assert_close(kept["own"][name], leaf, rtol=1e-9, atol=1e-12)
+    joint = tiny.slopes(*up)["shared"]  # what perturbing both together would give
+    assert distance(joint, {name: sent[name] for name in joint}) > 1e-6
+
+
+def test_what_is_sent_does_not_depend_on_the_own_radius_nor_what_is_kept_on_the_shared_one(tiny):
+    sent, kept, _ = tiny.answer(rho_shared=0.05, rho_own=0.0)
+    other, _, _ = tiny.answer(rho_shared=0.05, rho_own=0.3)
+    _, same, _ = tiny.answer(rho_shared=0.3, rho_own=0.0)
+    assert all(torch.equal(leaf, other[name]) for name, leaf in sent.items())
+    assert all(torch.equal(leaf, tree.flatten(same)[name]) for name, leaf in tree.flatten(kept).items())
+
+
+def test_to_first_order_it_adds_the_curvature_in_the_direction_of_the_gradient(tiny):
+    plain, _, _ = tiny.answer()
+    norm = tree.norm(plain)
+    direction = tree.map(lambda g: g / norm, plain)
+    shift = lambda t: {name: leaf + t * direction[name] for name, leaf in tiny.shared.items()}  # noqa: E731
+    ahead, behind = (tiny.slopes(shift(t), tiny.own)["shared"] for t in (1e-6, -1e-6))
+    curved = tree.map(lambda a, b: (a - b) / 2e-6, ahead, behind)
+    errors = {}
+    for radius in (1e-1, 1e-2, 1e-3, 1e-4):
+        sent, _, _ = tiny.answer(rho_shared=radius)
+        found = {name: (sent[name] - plain[name]) / radius for name in curved}
+        errors[radius] = distance(found, curved) / float(tree.norm(curved))
+    assert errors[1e-3] < 0.05
+    assert errors[1e-3] / errors[1e-4] == pytest.approx(10, abs=1)
+    assert errors[1e-1] > errors[1e-2] > errors[1e-3]
+
+
+def test_items_of_no_row_have_no_gradient_and_do_not_travel(tiny):
+    sent, _, replies = tiny.answer(rho_shared=0.05, rho_own=0.05)
+    others = [item for item in range(12) if item not in ITEMS]
+    for name in TABLES:
+        assert not sent[name][others].any() and sent[name][sorted(set(ITEMS))].any()
+        rows = replies.update["params"][name]
+        assert sorted(rows.index[rows.index >= 0].tolist()) == sorted(set(ITEMS))
+
+
+def test_no_embedding_of_a_user_travels_and_as_many_bytes_do_as_there_are_numbers(tiny):
+    _, kept, replies = tiny.answer()
+    names = {name.removeprefix("params/").partition("@")[0] for name in tree.flatten(replies.update)}
+    assert not any(name.startswith(OWN) for name in names) and names == tiny.shared.keys()
+    network = sum(leaf.numel() for name, leaf in tiny.shared.items() if name not in TABLES)
+    assert network == 43_297
+    rows = len(set(ITEMS)) * 160
+    expected = 8 * (network + rows) + 2 * 8 * len(set(ITEMS)) + 16  # numbers; which rows, twice; weight and loss
+    assert replies.traffic.up == expected
+    assert replies.traffic.down == 8 * (12 * 160 + 43_297)
+    assert kept["own"].keys() == tiny.own.keys()
+
+
+def test_a_sum_of_means_weighs_the_rows_of_a_short_last_piece_more():
+    mask = torch.tensor([True] * 7 + [False] * 2)
+    client = Tiny().client
+    assert replace(client, piece=3)._weights(mask)[:7].tolist() == pytest.approx([1 / 3] * 6 + [1.0])
+    assert replace(client, reduction="mean")._weights(mask)[:7].tolist() == pytest.approx([1 / 7] * 7)
+
+
+# Drawing.
+
+
+def test_negatives_are_not_the_users_items_and_not_the_same_twice_and_all_others_are_drawn_as_often():
+    generator = torch.Generator().manual_seed(0)
+    has = torch.tensor([3, 8, 1])
+    drawn = torch.cat([draw(has, 4, 20, generator) for _ in range(2000)])
+    assert not torch.isin(drawn, has).any()
+    assert (drawn.sort(1).values.diff() > 0).all()
+    often = drawn.flatten().bincount(minlength=20)[[i for i in range(20) if i not in (1, 3, 8)]].double()
+    expected = drawn.numel() / 17
+    assert ((often - expected) ** 2 / expected).sum() < 40, "chi-squared with 16 degrees of freedom"
+    with pytest.raises(ValueError, match="a user has 3 of 6 items: there are not 4 others to draw"):
+        draw(has, 4, 6, generator)
+
+
+def test_each_round_has_its_items_each_followed_by_negatives():
+    client = DualSam(model=scorer(50), negatives=4)
+    has = torch.tensor([7, 9, 30])
+    found = client.prepare({"item": has, "y": torch.ones(3)}, torch.Generator().manual_seed(1))
+    rows = found["item"].reshape(3, 5)
+    assert sorted(rows[:, 0].tolist()) == [7, 9, 30] and not torch.isin(rows[:, 1:], has).any()
+    assert found["y"].reshape(3, 5).tolist() == [[1, 0, 0, 0, 0]] * 3
+    for place, item in enumerate(found["item"].tolist()):
+        assert found["first"][place] == found["item"].tolist().index(item)
+
+
+# However it is run.
+
+
+def users(sizes=(0, 1, 7, 20, 2), num_items=60, dtype=torch.float32, **settings):
+    model = scorer(num_items, dim=4, layers=2)
+    model = Model(model.module.to(dtype), model.criterion, "item", "y")
+    items = torch.cat(
+        [torch.randperm(num_items, generator=torch.Generator().manual_seed(u))[:n] for u, n in enumerate(sizes)]
+    )
+    ends = torch.tensor(sizes).cumsum(0)
+    bounds = torch.stack([ends - torch.tensor(sizes), ends, ends, ends], 1).numpy()
+    federation = Federation({"item": items, "y": torch.ones_like(items)}, torch.arange(len(items)).numpy(), bounds)
+    return model, federation, DualSam(model=model, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("rho_shared", "rho_own"), [(0.0, 0.0), (0.05, 0.1)])
+def test_users_answer_together_what_they_answer_alone(dtype, rho_shared, rho_own):
+    model, federation, client = users(dtype=dtype, rho_shared=rho_shared, rho_own=rho_own, piece=16)
+    shared = {name: leaf for name, leaf in model.params.items() if not name.startswith(OWN)}
+    ids = list(range(5))
+    found = []
+    for engine in (Sequential, Vectorised):
+        here = engine(federation, {"train": client}, 3)
+        kept = Personal({"train": client}, 5, 3).gather(ids)
+        replies = here.execute(Task("train", {"params": shared}, round=1), Cohort(ids, kept))
+        order = torch.tensor(replies.ids).argsort()
+        update = {
+            n: leaf.dense() if isinstance(leaf, tree.Rows) else leaf[order]
+            for n, leaf in replies.update["params"].items()
+        }
+        found.append(update | tree.flatten(tree.take(replies.personal, order)))
+    near = 1e-4 if dtype == torch.float32 else 1e-9
+    for name, leaf in found[0].items():
+        torch.testing.assert_close(found[1][name], leaf, rtol=near, atol=near * max(float(leaf.abs().max()), 1e-3))
+
+
+def test_it_keeps_the_promises_of_a_client():
+    model, federation, client = users()
+    shared = {name: leaf for name, leaf in model.params.items() if not name.startswith(OWN)}
+    check_client(client, {"params": shared}, federation)
+
+
+def test_a_user_begins_with_an_embedding_of_its_own():
+    _, _, client = users()
+    kept = Personal({"train": client}, 5, 3).gather([0, 1])
+    assert not torch.equal(kept["own"]["user_gmf"][0], kept["own"]["user_gmf"][1])
+    assert kept["adam"]["steps"].tolist() == [0, 0]
+    wide = DualSam(model=scorer(5, dim=256)).personal(torch.Generator().manual_seed(0))["own"]["user_gmf"]
+    assert float(wide.std()) == pytest.approx(0.01, rel=4 / math.sqrt(2 * 256))
