@@ -94,7 +94,12 @@ class WassFFed(Strategy):
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
         """The pooled histograms, or the model moved towards the mean."""
         if task.action == "measure":
-            counts = replies.update["counts"]
+            counts, expected = replies.update["counts"], tuple(state["counts"].shape)
+            if counts.shape != expected:
+                raise ValueError(
+                    f"clients count scores as {tuple(counts.shape)}, the strategy as {expected}, groups, scores and "
+                    "bins: num_groups, num_classes and bins must be the same on both sides"
+                )
             told = distances(counts, transport_maps(counts, self.barycenter))
             return state | {"counts": counts, "measured": torch.ones_like(state["measured"])}, told
         params = tree.map(lambda old, mean: torch.lerp(old, mean, self.lr), state["params"], replies.update["params"])

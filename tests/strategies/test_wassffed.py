@@ -284,6 +284,12 @@ def test_settings_out_of_range_are_refused(wrong, message):
         WassFFed(2, 2, **wrong)
 
 
+def test_clients_that_count_otherwise_are_told(classification):
+    strategy, model, clients, engine = method(classification, bins=11, warm_up=0)
+    with pytest.raises(ValueError, match=r"clients count scores as \(2, 3, 21\), the strategy as \(2, 3, 11\), groups"):
+        list(steps(strategy, engine, model, clients, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_it_keeps_the_promises_of_a_strategy(classification, counts, dtype):
     strategy, model, *_ = method(classification, dtype)
