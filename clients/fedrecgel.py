@@ -73,9 +73,10 @@ class Ncf(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """The logits (B,) of items (B,)."""
-        wide = self.item_mlp(items)
+        # By indexing, because torch's embedding cannot be vectorised over tables without a row.
+        narrow, wide = self.item_gmf.weight[items], self.item_mlp.weight[items]
         deep = self.mlp(torch.cat([self.user_mlp.expand_as(wide), wide], -1))
-        logits: Tensor = self.predict(torch.cat([self.user_gmf * self.item_gmf(items), deep], -1))[:, 0]
+        logits: Tensor = self.predict(torch.cat([self.user_gmf * narrow, deep], -1))[:, 0]
         return logits
 
 

@@ -12,6 +12,7 @@ import torch
 
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
+from clients.fedrecgel import OWN, DualSam, scorer
 from clients.penalty import PenalisedAdam
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
@@ -89,6 +90,12 @@ def carried(model):
     return {"maps": maps, "alpha": like.new_tensor(0.4)}
 
 
+def ncf(model):
+    """A small recommender of the same type, for more items than there are."""
+    small = scorer(60, dim=4, layers=2)
+    return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -109,6 +116,10 @@ SHIPPED = {
     ),
     "count scores": Shipped(lambda model: CountScores(model=model, num_groups=2, bins=21)),
     "penalty": Shipped(lambda model: PenalisedAdam(model, 2, lr=0.03, penalty=0.7, epochs=2, batch_size=8)),
+    "fedrecgel": Shipped(
+        lambda model: DualSam(model=ncf(model), negatives=2, piece=16),
+        lambda model: {"params": {n: leaf for n, leaf in ncf(model).params.items() if not n.startswith(OWN)}},
+    ),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate with scores by group": Shipped(
         lambda model: Evaluate(model=model, num_classes=3, num_groups=2, score_bins=11, part="train", batch_size=8)
