@@ -77,7 +77,7 @@ class TransportAdam(Client):
         num_groups: G, of the column "a".
         lr: of Adam, which is new in every round.
         power: of the distance to the target.
-        dead_zone: how far a score may be from its target at no cost.
+        dead_zone: how far a score may be from its target at no cost; None: half of a bin.
         targets: which example has which target.
     """
 
@@ -88,7 +88,7 @@ class TransportAdam(Client):
     beta2: Decay = 0.999
     weight_decay: NonNegative = 0.0
     power: Annotated[float, Ge(1)] = 1.0
-    dead_zone: NonNegative = 0.005
+    dead_zone: NonNegative | None = None
     targets: Literal["rank", "argsort"] = "rank"
 
     @cached_property
@@ -97,8 +97,16 @@ class TransportAdam(Client):
         return adam(self.lr, self.beta1, self.beta2, weight_decay=self.weight_decay)
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
-        """The examples, numbered: each has a target."""
-        return examples | {"number": torch.arange(len(examples["a"]))}
+        """The examples, numbered: each has a target.
+
+        Raises:
+            ValueError: column "a" holds no groups from 0 to G - 1.
+        """
+        groups = examples["a"]
+        if groups.is_floating_point() or (groups.numel() and int(groups.max()) >= self.num_groups):
+            held = f"{groups.dtype} up to {groups.max().item() if groups.numel() else '-'}"
+            raise ValueError(f"column a must hold groups as integers below num_groups = {self.num_groups}, got {held}")
+        return examples | {"number": torch.arange(len(groups))}
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, the optimiser at rest, and where each score is to go."""
@@ -108,12 +116,15 @@ class TransportAdam(Client):
         if "maps" not in shared:
             return state | {"loss": zero}
         target = self._targets(shared["maps"], class_scores(self.model.predict(params, data)), data)
-        return state | {"loss": zero, "alpha": shared["alpha"], "target": target}
+        half = 0.5 / (shared["maps"].shape[-1] - 1)
+        zone = torch.tensor(half if self.dead_zone is None else self.dead_zone, dtype=target.dtype)
+        return state | {"loss": zero, "alpha": shared["alpha"], "target": target, "zone": zone}
 
     def _targets(self, maps: Tensor, scores: Tensor, data: Batch) -> Tensor:
         """Where each score is to go, (n, S)."""
         column = torch.arange(scores.shape[1])
-        sent: Tensor = maps[data["a"][:, None], column, nearest(scores, maps.shape[-1])]
+        sent = maps[data["a"].clamp(min=0)[:, None], column, nearest(scores, maps.shape[-1])]
+        sent = torch.where((data["a"] >= 0)[:, None], sent, scores)  # one of an unknown group stays where it is
         return sent if self.targets == "rank" else shuffled(sent, scores, data, self.num_groups)
 
     def step(self, state: Tree, batch: Batch) -> Tree:
@@ -125,7 +136,7 @@ class TransportAdam(Client):
             if "target" not in state:
                 return accuracy
             off = (class_scores(outputs) - state["target"][batch["number"]]).abs()
-            cost = (off - self.dead_zone).clamp(min=0) ** self.power
+            cost = (off - state["zone"]).clamp(min=0) ** self.power
             both: Tensor = state["alpha"] * accuracy + (1 - state["alpha"]) * mean(cost.sum(1), batch["mask"])
             return both
 
@@ -143,7 +154,8 @@ class TransportAdam(Client):
 def shuffled(sent: Tensor, scores: Tensor, data: Batch, num_groups: int) -> Tensor:
     """The targets as the authors' code deals them out, (n, S): right as a whole for each group, wrong for each example.
 
-    With order = argsort(scores) of a group, its sorted targets belong at `order`; there they are taken from `order`.
+    There among all examples of a group, here among those of it that the client has. With order = argsort(scores) of a
+    group, its sorted targets belong at `order`; there they are taken from `order`.
     """
     found = sent
     for group in range(num_groups):

@@ -13,7 +13,8 @@ of which the second part is sum_a p_a W_1(mu_a, nu).
    histogram of the pooled scores, of which follow F_a, nu and T_a.
 3. "train": clients get the model and T_a at each point of the grid, and train on both parts; T_a stays as it is.
 
-After the warm-up, 2 and 3 take turns, so that a transport step takes two rounds. The server moves towards the mean:
+After the warm-up, 2 and 3 take turns, so that a transport step takes two rounds. Where cohorts are drawn, the laws are
+those of the clients that counted, and a group that none of them has keeps its scores. The server moves to the mean:
 
     theta <- theta + lr (sum_k n_k theta_k / sum_k n_k - theta)
 
@@ -52,7 +53,7 @@ class WassFFed(Strategy):
         alpha: weight of accuracy against fairness; 1 is FedAvg.
         barycenter: the law that scores are carried to.
         bins: points of the grid on which scores are counted.
-        warm_up: rounds of federated averaging before.
+        warm_up: rounds of federated averaging before; an even number of rounds after it ends with a transport step.
         descent: transport steps in which alpha falls from 1 to `alpha`, linearly; 0: it is `alpha` from the first on.
         lr: how far the server goes from its model to the clients' mean.
     """

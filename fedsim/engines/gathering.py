@@ -86,9 +86,10 @@ class Gathering:
     def fail(self, client: int, error: BaseException) -> None:
         """Notes that a client raised, with its traceback."""
         self._check_given()
-        if isinstance(error, KeyError):
-            error.add_note(f"It was sent {', '.join(name for name, _ in tree.items(self.task.shared)) or 'nothing'}.")
-        self.failed[client] = "".join(traceback.format_exception(error)).strip()
+        told = "".join(traceback.format_exception(error)).strip()
+        if isinstance(error, KeyError):  # on the same line, of which there is more to be seen than of a traceback
+            told += f" (it was sent {', '.join(name for name, _ in tree.items(self.task.shared)) or 'nothing'})"
+        self.failed[client] = told
 
     def add(self, ids: Sequence[int], replies: Reply) -> None:
         """Takes in the stacked replies of some clients, leaves (C, ...); refuses those that are wrong."""

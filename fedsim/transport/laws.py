@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-SLACK = 1e-6  # a distribution function that is this much below a level has reached it: sums of fractions are not exact
+# A distribution function that is this much below a level has reached it: sums of fractions are not exact.
+SLACK, SLACK_OF_WEIGHTS = 1e-9, 1e-6
 
 
 def grid(bins: int) -> Tensor:
@@ -43,7 +44,12 @@ def class_scores(outputs: Tensor) -> Tensor:
 
     Args:
         outputs: logits, (n, K).
+
+    Raises:
+        ValueError: there is one output, whose softmax says nothing.
     """
+    if outputs.shape[-1] < 2:
+        raise ValueError(f"scores need the logits of two classes or more, the model has {outputs.shape[-1]} output")
     chances = outputs.softmax(-1)
     return chances[:, -score_width(chances.shape[-1]) :]
 
@@ -87,7 +93,7 @@ def levels(number: int) -> Tensor:
 
 
 def quantiles(reached: Tensor, at: Tensor) -> Tensor:
-    """Q(level): the least point of the grid where F has reached the level.
+    """Q(level): the least point of the grid where F has reached the level; at level 0, where it begins.
 
     Args:
         reached: F, (..., bins).
@@ -95,7 +101,8 @@ def quantiles(reached: Tensor, at: Tensor) -> Tensor:
     """
     bins = reached.shape[-1]
     at = at.to(reached.dtype).expand(*reached.shape[:-1], at.shape[-1])
-    place = torch.searchsorted(reached.contiguous(), at.contiguous() - SLACK).clamp(max=bins - 1)
+    above = (at - SLACK).clamp(min=torch.finfo(reached.dtype).tiny)  # else F would have reached it before any score
+    place = torch.searchsorted(reached.contiguous(), above.contiguous()).clamp(max=bins - 1)
     return place.to(reached.dtype) / (bins - 1)
 
 
@@ -111,7 +118,9 @@ def sample_quantiles(samples: Tensor, at: Tensor, weights: Tensor | None = None)
     weights = torch.ones_like(samples) if weights is None else weights
     reached = weights.gather(-1, order).double().cumsum(-1)
     at = (at * reached[..., -1:]).expand(*samples.shape[:-1], at.shape[-1])
-    place = torch.searchsorted(reached, at.contiguous() - SLACK * reached[..., -1:]).clamp(max=samples.shape[-1] - 1)
+    place = torch.searchsorted(reached, at.contiguous() - SLACK_OF_WEIGHTS * reached[..., -1:]).clamp(
+        max=samples.shape[-1] - 1
+    )
     return ordered.gather(-1, place)
 
 

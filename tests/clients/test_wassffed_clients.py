@@ -150,6 +150,44 @@ def test_scores_within_the_dead_zone_of_their_target_are_left_alone(setting):
         assert not torch.equal(moved.update["params"][name][4], leaf), "rounding alone would pull at every score"
 
 
+def test_the_dead_zone_is_half_of_a_bin_unless_it_is_said(setting):
+    model, federation = setting
+    shared = {"params": model.params, "maps": maps(), "alpha": torch.tensor(0.3, dtype=torch.float64)}
+    found = [
+        answer(Sequential, federation, TransportAdam(model, 2, lr=0.03, dead_zone=zone), shared).update["params"]
+        for zone in (None, 0.5 / (BINS - 1), 0.005)
+    ]
+    assert torch.equal(found[0]["0.weight"], found[1]["0.weight"])
+    assert not torch.equal(found[0]["0.weight"], found[2]["0.weight"])
+
+
+def test_an_example_of_an_unknown_group_keeps_its_score_as_target(setting):
+    model, federation = setting
+    groups = federation.columns["a"].clone()
+    groups[federation.rows[federation.bounds[4][0]]] = -1
+    data = replace(federation, columns=federation.columns | {"a": groups}).examples(4)
+    scores = model.module(data["x"]).softmax(-1).detach()
+    target = TransportAdam(model, 2, lr=0.03)._targets(
+        maps(), scores, data | {"mask": torch.ones(33, dtype=torch.bool)}
+    )
+    assert torch.equal(target[0], scores[0]) and not torch.equal(target[1], scores[1])
+
+
+@pytest.mark.parametrize(
+    ("groups", "held"),
+    [(torch.tensor([0, 1, 2]), "torch.int64 up to 2"), (torch.tensor([0.0, 1.0, 0.0]), "torch.float32 up to 1.0")],
+)
+def test_groups_that_are_too_many_or_no_integers_are_told_in_the_first_round(setting, groups, held):
+    client = TransportAdam(setting[0], 2, lr=0.03)
+    with pytest.raises(ValueError, match=f"column a must hold groups as integers below num_groups = 2, got {held}"):
+        client.prepare({"a": groups}, torch.Generator())
+
+
+def test_a_model_of_one_output_has_no_scores():
+    with pytest.raises(ValueError, match="scores need the logits of two classes or more, the model has 1 output"):
+        class_scores(torch.zeros(3, 1))
+
+
 def test_the_authors_order_gives_a_group_the_right_targets_and_its_examples_the_wrong_ones():
     generator = np.random.default_rng(0)
     scores = np.concatenate([generator.beta(2, 5, 400), generator.beta(5, 2, 600)])

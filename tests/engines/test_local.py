@@ -94,6 +94,24 @@ def test_a_client_that_raises_costs_itself_alone_and_its_traceback_is_told(
     torch.testing.assert_close(replies.update["sum"], others)
 
 
+@dataclass(frozen=True)
+class Asking(Sgd):
+    """Looks for something that it was not sent."""
+
+    def start(self, shared, personal, data):
+        return {"params": shared["params"], "found": shared["nowhere"]}
+
+
+@pytest.mark.parametrize("engine", [Sequential, Vectorised])
+def test_what_a_client_misses_and_what_it_was_sent_stand_on_the_last_line_that_is_told(classification, engine):
+    model, federation = classification()
+    sent = {"params": {"0.weight": model.params["0.weight"]}}
+    found = engine(federation, {"train": Asking(model, 0.1)}).execute(Task("train", sent), Cohort([1, 4]))
+    assert list(found.failed) == [1, 4]
+    for told in found.failed.values():
+        assert told.splitlines()[-1] == "KeyError: 'nowhere' (it was sent params/0.weight)"
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("client", [FailsInPrepare(culprits=SIZES), FailsInPrepare(culprits=(0, 1))])
 def test_clients_that_all_fail_leave_an_empty_answer_that_says_why(classification, engine, client):

@@ -330,3 +330,19 @@ def test_what_the_maps_move_is_the_distance_to_the_barycenter(laws):
         moved = float(share @ (sent - grid(7)).abs())
         after = float(wasserstein(grid(7), sent, 1, share, share))
         assert moved == pytest.approx(after, abs=1e-9)  # a monotone map is an optimal plan
+
+
+def test_scores_beyond_those_that_were_counted_go_to_the_ends_of_the_barycenter():
+    counts = torch.zeros(2, 101, dtype=torch.int64)
+    counts[0, 40:60] = counts[1, 50:70] = 5
+    maps = transport_maps(counts)
+    assert maps[0, 0].item() == maps[0, 39].item() == pytest.approx(0.45) == maps[0, 40].item()
+    assert maps[0, 60:].tolist() == pytest.approx([0.64] * 41)
+    assert (maps.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["quantile", "median"])
+def test_rare_scores_among_very_many_are_not_lost(kind):
+    counts = torch.zeros(2, 101, dtype=torch.int64)
+    counts[:, 50], counts[:, 20], counts[:, 80] = 10**7, 1, 1
+    assert transport_maps(counts, kind)[0, [20, 50, 80]].tolist() == pytest.approx([0.2, 0.5, 0.8])
