@@ -106,7 +106,7 @@ class DualSam(Client):
     """
 
     model: Model
-    lr: Positive = 0.1
+    lr: Positive
     rho_shared: NonNegative = 0.02
     rho_own: NonNegative = 0.02
     negatives: Natural = 4

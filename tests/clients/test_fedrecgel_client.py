@@ -42,7 +42,7 @@ class Tiny:
         self.model = Model(module, base.criterion, "item", "y")
         self.own = {name: leaf for name, leaf in self.model.params.items() if name.startswith(OWN)}
         self.shared = {name: leaf for name, leaf in self.model.params.items() if name not in self.own}
-        self.client = AsTold(**{"model": self.model, "rho_shared": 0.0, "rho_own": 0.0} | settings)
+        self.client = AsTold(**{"model": self.model, "lr": 0.1, "rho_shared": 0.0, "rho_own": 0.0} | settings)
         columns = {"item": torch.tensor(ITEMS), "y": torch.tensor(LABELS)}
         bounds = torch.tensor([[0, 5, 5, 5]]).numpy()
         self.federation = Federation(columns, torch.arange(5).numpy(), bounds)
@@ -175,7 +175,7 @@ def test_negatives_are_not_the_users_items_and_not_the_same_twice_and_all_others
 
 
 def test_each_round_has_its_items_each_followed_by_negatives():
-    client = DualSam(model=scorer(50), negatives=4)
+    client = DualSam(model=scorer(50), lr=0.1, negatives=4)
     has = torch.tensor([7, 9, 30])
     found = client.prepare({"item": has, "y": torch.ones(3)}, torch.Generator().manual_seed(1))
     rows = found["item"].reshape(3, 5)
@@ -197,7 +197,7 @@ def users(sizes=(0, 1, 7, 20, 2), num_items=60, dtype=torch.float32, **settings)
     ends = torch.tensor(sizes).cumsum(0)
     bounds = torch.stack([ends - torch.tensor(sizes), ends, ends, ends], 1).numpy()
     federation = Federation({"item": items, "y": torch.ones_like(items)}, torch.arange(len(items)).numpy(), bounds)
-    return model, federation, DualSam(model=model, **settings)
+    return model, federation, DualSam(model=model, lr=0.1, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -233,5 +233,5 @@ def test_a_user_begins_with_an_embedding_of_its_own():
     kept = Personal({"train": client}, 5, 3).gather([0, 1])
     assert not torch.equal(kept["own"]["user_gmf"][0], kept["own"]["user_gmf"][1])
     assert kept["adam"]["steps"].tolist() == [0, 0]
-    wide = DualSam(model=scorer(5, dim=256)).personal(torch.Generator().manual_seed(0))["own"]["user_gmf"]
+    wide = DualSam(model=scorer(5, dim=256), lr=0.1).personal(torch.Generator().manual_seed(0))["own"]["user_gmf"]
     assert float(wide.std()) == pytest.approx(0.01, rel=4 / math.sqrt(2 * 256))

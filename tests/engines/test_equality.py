@@ -117,7 +117,7 @@ SHIPPED = {
     "count scores": Shipped(lambda model: CountScores(model=model, num_groups=2, bins=21)),
     "penalty": Shipped(lambda model: PenalisedAdam(model, 2, lr=0.03, penalty=0.7, epochs=2, batch_size=8)),
     "fedrecgel": Shipped(
-        lambda model: DualSam(model=ncf(model), negatives=2, piece=16),
+        lambda model: DualSam(model=ncf(model), lr=0.1, negatives=2, piece=16),
         lambda model: {"params": {n: leaf for n, leaf in ncf(model).params.items() if not n.startswith(OWN)}},
     ),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),

@@ -37,7 +37,7 @@ def method(dim=4, layers=2, engine=Vectorised, **settings):
     federation = leave_one_out(data, by_column(data.columns, column="user"), negatives=9)
     model = scorer(90, dim, layers)
     clients = {
-        "train": DualSam(model=model, **settings),
+        "train": DualSam(model=model, lr=0.1, **settings),
         "evaluate": RankItems(scorer=NcfScores(model), num_items=90),
     }
     return FedRecGel(lr=0.01), model, clients, engine(federation, clients, 3)
@@ -55,7 +55,7 @@ def learned(rho, seed=0, number=150):
     """HR@10 of the test items in the last round."""
     federation, model = ratings(), scorer(ITEMS, seed=seed)
     clients = {
-        "train": DualSam(model=model, rho_shared=rho, rho_own=rho),
+        "train": DualSam(model=model, lr=0.1, rho_shared=rho, rho_own=rho),
         "evaluate": RankItems(scorer=NcfScores(model)),
     }
     engine, strategy = Vectorised(federation, clients, seed), FedRecGel(lr=0.003)
