@@ -116,7 +116,10 @@ def test_to_first_order_it_adds_the_curvature_in_the_direction_of_the_gradient(t
     plain, _, _ = tiny.answer()
     norm = tree.norm(plain)
     direction = tree.map(lambda g: g / norm, plain)
-    shift = lambda t: {name: leaf + t * direction[name] for name, leaf in tiny.shared.items()}  # noqa: E731
+
+    def shift(t):
+        return {name: leaf + t * direction[name] for name, leaf in tiny.shared.items()}
+
     ahead, behind = (tiny.slopes(shift(t), tiny.own)["shared"] for t in (1e-6, -1e-6))
     curved = tree.map(lambda a, b: (a - b) / 2e-6, ahead, behind)
     errors = {}

@@ -21,7 +21,7 @@ from fedsim.task import Cohort, Replies
 from fedsim.testing import check_client, check_strategy
 from strategies.mostpop import MostPop
 
-I = 400  # noqa: E741 - items, as in the whole project
+ITEMS = 400
 
 
 def split(data, **settings):
@@ -35,7 +35,7 @@ def ratings():
 
 @dataclass(frozen=True)
 class ByTable(Scorer):
-    """An item's score stands in a table, (I,)."""
+    """An item's score stands in a table, (ITEMS,)."""
 
     def __call__(self, shared, personal, items):
         return shared["table"][items]
@@ -69,7 +69,7 @@ def test_hit_rate_and_ndcg_by_hand():
 
 
 def test_a_constant_scorer_hits_nothing_and_an_oracle_everything(ratings):
-    constant = found(ratings, {"table": torch.zeros(I)})
+    constant = found(ratings, {"table": torch.zeros(ITEMS)})
     assert {value for name, value in constant.items() if "hr" in name or "ndcg" in name} == {0.0}
     assert constant["examples"] == 300
 
@@ -87,7 +87,7 @@ def test_a_constant_scorer_hits_nothing_and_an_oracle_everything(ratings):
 def test_a_random_scorer_hits_as_often_as_chance(ratings):
     hits, gains = [], []
     for seed in range(10):
-        random = torch.rand(I, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        random = torch.rand(ITEMS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         pooled = found(ratings, {"table": random})
         hits.append(pooled["hr_10"])
         gains.append(pooled["ndcg_10"])
@@ -98,7 +98,9 @@ def test_a_random_scorer_hits_as_often_as_chance(ratings):
 
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
 def test_all_of_it_equals_a_plain_loop_over_users(ratings, engine):
-    table = torch.randn(I, generator=torch.Generator().manual_seed(1), dtype=torch.float64).round(decimals=1)  # ties
+    table = torch.randn(ITEMS, generator=torch.Generator().manual_seed(1), dtype=torch.float64).round(
+        decimals=1
+    )  # ties
     pooled = found(ratings, {"table": table}, engine=engine)
     ranks, full = [], []
     for user in range(300):
@@ -106,7 +108,7 @@ def test_all_of_it_equals_a_plain_loop_over_users(ratings, engine):
         own = table[data["item"][data["y"] == WANTED]]
         ranks.append(int((table[data["item"][data["y"] == 0]] >= own).sum()))
         known = set(data["item"][data["y"] == KNOWN].tolist()) | set(data["item"][data["y"] == WANTED].tolist())
-        full.append(sum(bool(table[item] >= own) for item in range(I) if item not in known))
+        full.append(sum(bool(table[item] >= own) for item in range(ITEMS) if item not in known))
     for name, each in (("", np.array(ranks)), ("full_", np.array(full))):
         for k in (5, 10, 20):
             assert pooled[f"{name}hr_{k}"] == pytest.approx(np.mean(each < k))
@@ -128,7 +130,7 @@ def popular(federation):
 def test_mostpop_counts_the_items_that_are_trained_on(ratings):
     shared, pooled = popular(ratings)
     items = torch.cat([ratings.examples(user)["item"] for user in range(300)])
-    assert torch.equal(shared["popularity"].long(), items.bincount(minlength=I))
+    assert torch.equal(shared["popularity"].long(), items.bincount(minlength=ITEMS))
     assert pooled["hr_10"] == pytest.approx(0.29, abs=1e-12)
     assert pooled["ndcg_10"] == pytest.approx(0.1328, abs=5e-5)
 
@@ -157,9 +159,9 @@ def test_on_real_ratings_mostpop_is_as_good_as_it_is_known_to_be(name, load, lea
 
 
 def test_promises_are_kept(ratings):
-    check_client(TellItems(num_items=I), {}, ratings)
-    check_strategy(MostPop(I, 300), {}, Replies([0], torch.ones(1), {"popularity": torch.ones(I)}))
-    small = RankItems(scorer=ByTable(), num_items=I)
+    check_client(TellItems(num_items=ITEMS), {}, ratings)
+    check_strategy(MostPop(ITEMS, 300), {}, Replies([0], torch.ones(1), {"popularity": torch.ones(ITEMS)}))
+    small = RankItems(scorer=ByTable(), num_items=ITEMS)
     assert small.split == "test" and RankItems(scorer=ByTable(), part="validation").split == "validation"
 
 
@@ -171,7 +173,7 @@ def test_an_experiment_of_it_runs_by_name_and_its_report_tells_the_measures(tmp_
 
 
 def test_users_without_anything_held_out_are_not_counted(ratings):
-    empty = RankItems(scorer=ByTable(), num_items=I, part="validation")
+    empty = RankItems(scorer=ByTable(), num_items=ITEMS, part="validation")
     engine = Sequential(ratings, {"evaluate": empty})
-    pooled = evaluate(engine, {"table": torch.zeros(I)}, Cohort([0, 1]), 1).pooled
+    pooled = evaluate(engine, {"table": torch.zeros(ITEMS)}, Cohort([0, 1]), 1).pooled
     assert pooled["examples"] == 0 and "hr_10" not in pooled
