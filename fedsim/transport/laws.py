@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-# A distribution function that is this much below a level has reached it: sums of fractions are not exact.
-SLACK, SLACK_OF_WEIGHTS = 1e-9, 1e-6
+# A distribution function that is this much below a level has reached it: sums of fractions are not exact. So of more
+# than half a million scores a single one at the upper end may be lost.
+SLACK = 1e-6
 
 
 def grid(bins: int) -> Tensor:
@@ -118,9 +119,7 @@ def sample_quantiles(samples: Tensor, at: Tensor, weights: Tensor | None = None)
     weights = torch.ones_like(samples) if weights is None else weights
     reached = weights.gather(-1, order).double().cumsum(-1)
     at = (at * reached[..., -1:]).expand(*samples.shape[:-1], at.shape[-1])
-    place = torch.searchsorted(reached, at.contiguous() - SLACK_OF_WEIGHTS * reached[..., -1:]).clamp(
-        max=samples.shape[-1] - 1
-    )
+    place = torch.searchsorted(reached, at.contiguous() - SLACK * reached[..., -1:]).clamp(max=samples.shape[-1] - 1)
     return ordered.gather(-1, place)
 
 
