@@ -38,6 +38,14 @@ class Client(ABC):
         """Whether `start`, `step` or `finish` draw from torch's generator, which is seeded: as its model does."""
         return bool(getattr(getattr(self, "model", None), "stochastic", False))
 
+    def memory(self, shared: Tree, examples: int) -> int:
+        """Bytes that one client with so many examples takes up while it runs; on a CPU it decides how many run at once.
+
+        Unless told otherwise four times what it receives: parameters before and after a step, gradients, and the
+        optimiser's.
+        """
+        return 4 * tree.count_bytes(tree.leaves(shared))
+
     def personal(self, rng: torch.Generator) -> Tree:
         """What a client keeps to itself, as it is before its first round."""
         return {}

@@ -101,7 +101,8 @@ class Model:
 
     @cached_property
     def _trained(self) -> nn.Module:
-        return copy.deepcopy(self.module).eval()
+        same = {id(leaf): leaf for leaf in self.module.parameters()}  # another state of the module, not its parameters
+        return copy.deepcopy(self.module, same).eval()
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """The module's outputs while it is being trained, (B, ...)."""

@@ -1,14 +1,18 @@
 """Optimisers as pairs of pure functions, for clients and servers alike."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fedsim import tree
 from fedsim.ranges import Decay, NonNegative, Positive, Probability, checked
 from fedsim.task import Params
-from fedsim.tree import Tree
+from fedsim.tree import Rows, Tree
+
+PIECE = 2**18  # numbers that are stepped at a time where memory is written over: they fit into a cache
 
 
 class Optimiser(NamedTuple):
@@ -52,9 +56,9 @@ def adam(
 
     def init(params: Params) -> Tree:
         first = next(iter(params.values()))
-        zeros = tree.map(torch.zeros_like, params)
+        mean, square = (tree.map(torch.zeros_like, params) for _ in range(2))  # in memory of their own: see `overwrite`
         # Counted in float64 whatever the model's type: in bfloat16 257 is 256, and in float32 1 - beta2 is off by 1e-5.
-        return {"steps": first.new_zeros((), dtype=torch.float64), "mean": zeros, "square": zeros}
+        return {"steps": first.new_zeros((), dtype=torch.float64), "mean": mean, "square": square}
 
     def update(gradient: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         if weight_decay:
@@ -67,3 +71,42 @@ def adam(
         return params, {"steps": steps, "mean": mean, "square": square}
 
     return Optimiser(init, update)
+
+
+def overwrite(optimiser: Optimiser, gradient: Tree, state: Tree, params: Params) -> tuple[Tree, dict[str, float]]:
+    """Writes an update over the parameters and the optimiser's state, some rows at a time.
+
+    Gives the state back, and how far each parameter was moved (the Euclidean distance).
+
+    The numbers are those of `optimiser.update`, to the bit, for a rule that treats each number by itself, as those here
+    do. The gradient of a table may be `Rows`, each of them once and in order; the others' is zero.
+    """
+    scalars = {name: leaf for name, leaf in state.items() if not isinstance(leaf, dict)}
+    tables = {name: branch for name, branch in state.items() if isinstance(branch, dict)}
+    after, distance = scalars, {}
+    for name, leaf in params.items():
+        flat = leaf[None] if leaf.ndim == 0 else leaf
+        branches = {key: branch[name].view_as(flat) for key, branch in tables.items()}
+        step, squares = max(1, PIECE // max(1, flat[:1].numel())), 0.0
+        for start in range(0, len(flat), step):
+            rows = slice(start, min(start + step, len(flat)))
+            before = {key: {name: branch[rows]} for key, branch in branches.items()}
+            slope, old = _rows(gradient[name], flat, rows), flat[rows]
+            new, rest = optimiser.update({name: slope}, scalars | before, {name: old})
+            squares += float((new[name] - old).square().sum())
+            flat[rows] = new[name]
+            for key, branch in branches.items():
+                branch[rows] = rest[key][name]
+            after = {key: rest[key] for key in scalars}
+        distance[name] = math.sqrt(squares)
+    return after | tables, distance
+
+
+def _rows(gradient: Tensor | Rows, like: Tensor, rows: slice) -> Tensor:
+    """These rows of a gradient that has the shape of `like`."""
+    if not isinstance(gradient, Rows):
+        return gradient.view_as(like)[rows]
+    first, last = torch.searchsorted(gradient.index, torch.tensor([rows.start, rows.stop])).tolist()
+    dense = torch.zeros_like(like[rows])
+    dense[gradient.index[first:last] - rows.start] = gradient.values[first:last].to(dense.dtype)
+    return dense

@@ -47,6 +47,14 @@ class Strategy(flwr.serverapp.strategy.Strategy):
         """What it asks of clients in some later round, besides what it asks in the first; missed before any round."""
         return ()
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether `aggregate` writes the next state over the one it is given, for tables too large to be there twice.
+
+        Such a state holds until the next step only; `init` must not give out the model's own parameters then.
+        """
+        return False
+
     def params(self, state: Tree) -> Params:
         """The model to evaluate and to hand out."""
         return cast(Params, state["params"])

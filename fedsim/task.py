@@ -42,7 +42,8 @@ class Task(NamedTuple):
         ids: who; None: whom the sampler draws.
         round: counted from 1, stamped by the loop.
         reduce: what becomes of the updates. "stack": every client's own, leaves (C, ...); "mean": their mean by weight,
-            leaves (...); "sum": their sum, leaves (...). The last two need memory for one update, not for C of them.
+            leaves (...); "sum": their sum, leaves (...). The last two need memory for one update, not for C of them;
+            `Rows` stay rows, each of those that a client named once.
     """
 
     action: str

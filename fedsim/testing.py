@@ -88,8 +88,14 @@ def check_strategy(strategy: Strategy, params: Params, replies: Replies) -> None
     _equal(given, params, "init changed the parameters that it was given")
     task = strategy.configure(state, 1)
     before = copy.deepcopy((tree.flatten(state), _leaves(replies)))
+    spare = tree.clone(state)
     after, _ = strategy.aggregate(state, task, replies)
-    _equal(before[0], tree.flatten(state), "aggregate changed the state that it was given")
+    if strategy.overwrites:
+        _equal(given, params, "aggregate wrote over the model's first parameters: init must copy them")
+        state = spare
+    _equal(
+        before[0], tree.flatten(state), "aggregate changed the state that it was given, and does not say `overwrites`"
+    )
     _equal(before[1], _leaves(replies), "aggregate changed the replies that it was given")
     try:
         tree.restore(tree.flatten(after), state, "the state after aggregate")

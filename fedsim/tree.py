@@ -18,8 +18,8 @@ Tree = dict[str, Any]  # str -> Tensor | Rows | Tree
 class Rows:
     """Some rows of a table of `size` rows; what stands in the others is zero.
 
-    Rows named twice add up. An index of -1 is padding. It folds by `index_add` and travels as R rows, so an update
-    that touches few rows never becomes a dense copy per client.
+    Rows named twice add up. An index of -1 is padding. It travels as R rows and folds to those that anybody named, so
+    what touches few rows never becomes a dense table, neither a client's update nor a round's.
     """
 
     index: Tensor  # (R,) int64, or (C, R) when stacked
@@ -32,7 +32,17 @@ class Rows:
         values = self.values.flatten(0, self.index.ndim - 1)
         kept = index >= 0
         table = values.new_zeros((self.size, *values.shape[1:]))
-        return table.index_add(0, index[kept], values[kept])
+        return table.index_add_(0, index[kept], values[kept])
+
+    def merged(self) -> "Rows":
+        """The same, each row once and in order, without padding; for stacked rows the sum over clients."""
+        index = self.index.flatten()
+        values = self.values.flatten(0, self.index.ndim - 1)
+        kept = index >= 0
+        if not kept.all():
+            index, values = index[kept], values[kept]
+        once, place = torch.unique(index, return_inverse=True)
+        return Rows(once, values.new_zeros((len(once), *values.shape[1:])).index_add_(0, place, values), self.size)
 
 
 def map(function: Callable[..., Any], first: Tree, *others: Tree) -> Tree:  # noqa: A001 - read as tree.map
@@ -190,14 +200,14 @@ def weighted_mean(tree: Tree, weight: Tensor) -> Tree:
     """sum_c weight_c leaf_c / sum_c weight_c for leaves (C, ...); the plain mean where all weights are zero.
 
     The weights are normalised before they multiply, so the mean of one client is that client, to the bit.
-    `Rows` become the dense table that they are rows of.
+    `Rows` become those that anybody named.
     """
     weight = weight if weight.sum() > 0 else torch.ones_like(weight)
     share = weight / weight.sum()
 
     def mean(leaf: Any) -> Any:
         if isinstance(leaf, Rows):
-            return scale(leaf, share).dense()
+            return scale(leaf, share).merged()
         leaf = leaf if leaf.is_floating_point() else leaf.double()
         return torch.tensordot(share.to(leaf.dtype), leaf, 1) if len(leaf) > 1 else leaf[0]
 
@@ -205,8 +215,8 @@ def weighted_mean(tree: Tree, weight: Tensor) -> Tree:
 
 
 def total(tree: Tree) -> Tree:
-    """The sum over the first axis of leaves (C, ...); `Rows` become the dense table that they are rows of."""
-    return map(lambda leaf: leaf.dense() if isinstance(leaf, Rows) else leaf.sum(0), tree)
+    """The sum over the first axis of leaves (C, ...); `Rows` become those that anybody named."""
+    return map(lambda leaf: leaf.merged() if isinstance(leaf, Rows) else leaf.sum(0), tree)
 
 
 def scale(rows: Rows, factor: Tensor) -> Rows:

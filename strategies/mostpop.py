@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsim import tree
 from fedsim.ranges import Count
 from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
@@ -40,8 +39,7 @@ class MostPop(Strategy):
 
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
         """How many have which item."""
-        counts = replies.update["popularity"]
-        popularity = counts.dense() if isinstance(counts, tree.Rows) else counts
+        popularity = replies.update["popularity"].dense()
         return state | {"popularity": popularity, "counted": torch.ones_like(state["counted"])}, {}
 
     def shared(self, state: Tree) -> Tree:

@@ -1,13 +1,15 @@
 """Folding: means and sums of updates, taken in as they come, so that memory for a few of them is enough."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsim import tree
 from fedsim.task import Reduce
-from fedsim.tree import Tree
+from fedsim.tree import Rows, Tree
 
 
 class Fold:
@@ -33,17 +35,26 @@ class Fold:
         total = self.weight + other.weight
         if not self.count:
             self.update, self.own = other.update, other.own
-        elif self.reduce == "sum":
-            self.update = tree.map(torch.Tensor.add_ if self.own else torch.add, self.update, other.update)
-            self.own = True
         else:
             # The share of what is new. A running mean, unlike a sum divided at the end, gives one client back exactly.
             share = other.weight / total if total else other.count / (self.count + other.count)
-            lerp = torch.Tensor.lerp_ if self.own else torch.lerp
-            self.update = tree.map(lambda a, b: lerp(a, b, share), self.update, other.update)
+            self.update = tree.map(partial(self._both, share), self.update, other.update)
             self.own = True
         self.weight = total
         self.count += other.count
+
+    def _both(self, share: float, mine: Any, other: Any) -> Any:
+        """What two leaves become; `share` is that of the other one in a mean."""
+        if isinstance(mine, Rows):
+            parts = (1.0, 1.0) if self.reduce == "sum" else (1 - share, share)
+            values = [
+                rows.values * part if part != 1 else rows.values
+                for rows, part in zip((mine, other), parts, strict=True)
+            ]
+            return Rows(torch.cat([mine.index, other.index]), torch.cat(values), mine.size).merged()
+        if self.reduce == "sum":
+            return mine.add_(other) if self.own else mine + other
+        return mine.lerp_(other, share) if self.own else mine.lerp(other, share)
 
 
 class Folds:

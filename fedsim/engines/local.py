@@ -31,7 +31,8 @@ def auto(
 
 def kind(clients: Mapping[str, Client], device: str) -> type[Sequential] | type[Vectorised]:
     """Which of the two `auto` takes."""
-    modules = [module for client in clients.values() if (module := _module(client)) is not None]
+    usual = [client for client in clients.values() if type(client).run_cohort is Client.run_cohort]
+    modules = [module for client in usual if (module := _module(client)) is not None]
     slow = any(isinstance(part, nn.modules.conv._ConvNd) for module in modules for part in module.modules())
     large = any(sum(p.numel() for p in module.parameters()) > VECTORISED_PARAMETERS for module in modules)
     alone = any(type(client).run is not Client.run for client in clients.values())

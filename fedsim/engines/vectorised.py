@@ -92,10 +92,9 @@ class Vectorised(Local):
         """How many clients like this one, with so many examples, a block may have."""
         if self.place.type != "cpu":
             return self._measured(task, longest, ident)
-        # Four times what a client receives: parameters before and after a step, gradients, and the optimiser's.
+        client = client_for(task, self.clients)
         row = sum(column[:1].numel() * column.element_size() for column in self.federation.columns.values())
-        shared = tree.count_bytes(tree.leaves(task.shared))
-        return max(1, BLOCK_BYTES // max(1, 4 * shared + longest * row))
+        return max(1, BLOCK_BYTES // max(1, client.memory(task.shared, longest) + longest * row))
 
     def limit(self, action: str, most: int) -> None:
         """From now on no block of this action has more clients."""

@@ -12,7 +12,8 @@ import torch
 
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
-from clients.fedrecgel import OWN, DualSam, scorer
+from clients.fedrecgel import OWN, DualSam
+from clients.ncf import scorer
 from clients.penalty import PenalisedAdam
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
@@ -161,7 +162,8 @@ def by_client(replies, reduce):
             return leaf
         return torch.stack([tree.Rows(i, v, leaf.size).dense() for i, v in zip(leaf.index, leaf.values, strict=True)])
 
-    return tree.flatten(tree.take(tree.map(table, stacked), order)) | tree.flatten(folded)
+    whole = tree.map(lambda leaf: leaf.dense() if isinstance(leaf, tree.Rows) else leaf, folded)
+    return tree.flatten(tree.take(tree.map(table, stacked), order)) | tree.flatten(whole)
 
 
 def assert_same(one, other, dtype, reduce="stack"):
@@ -218,7 +220,7 @@ def test_what_is_folded_is_the_mean_or_sum_of_what_is_stacked_on_both_engines(cl
         each = [tree.take({"leaf": leaf}, place)["leaf"] for place in range(len(ids))]
         each = [one.dense() if isinstance(one, tree.Rows) else one for one in each]
         expected = sum(one.double() * share for one, share in zip(each, factor.double(), strict=True))
-        found = tree.flatten(alone.update)[name]
+        found = by_client(alone, reduce)[f"update/{name}"]
         near = max(TOLERANCE[dtype], TOLERANCE.get(found.dtype, 0))  # the mean of counts is float32
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=near * float(expected.abs().max()))
 

@@ -393,7 +393,8 @@ def test_dropout_is_at_work_and_differs_between_clients_of_a_block(classificatio
 
 def test_blocks_are_bounded_by_memory_and_hold_at_least_one_client(classification):
     model, federation = classification(SIZES)
-    engine, task = Vectorised(federation, {}), Task("train", {"params": model.params})
+    engine = Vectorised(federation, {"train": Sgd(model=model, lr=0.1)})
+    task = Task("train", {"params": model.params})
     row, shared = 5 * 4 + 3 * 8, 4 * (5 * 8 + 8 + 8 * 3 + 3)
     assert engine.width(task, 33, 0) == vectorised.BLOCK_BYTES // (4 * shared + 33 * row)
     enormous = Task("train", {"w": torch.empty(vectorised.BLOCK_BYTES, device="meta")})

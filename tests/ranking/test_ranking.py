@@ -19,6 +19,7 @@ from fedsim.sampling import everyone
 from fedsim.simulation import begin, rounds
 from fedsim.task import Cohort, Replies
 from fedsim.testing import check_client, check_strategy
+from fedsim.tree import Rows
 from strategies.mostpop import MostPop
 
 ITEMS = 400
@@ -160,7 +161,8 @@ def test_on_real_ratings_mostpop_is_as_good_as_it_is_known_to_be(name, load, lea
 
 def test_promises_are_kept(ratings):
     check_client(TellItems(num_items=ITEMS), {}, ratings)
-    check_strategy(MostPop(ITEMS, 300), {}, Replies([0], torch.ones(1), {"popularity": torch.ones(ITEMS)}))
+    rows = Rows(torch.tensor([2, 5]), torch.ones(2), ITEMS)
+    check_strategy(MostPop(ITEMS, 300), {}, Replies([0], torch.ones(1), {"popularity": rows}))
     small = RankItems(scorer=ByTable(), num_items=ITEMS)
     assert small.split == "test" and RankItems(scorer=ByTable(), part="validation").split == "validation"
 
