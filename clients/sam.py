@@ -48,25 +48,25 @@ def sam(slope: Slope, rho: NonNegative) -> Slope:
     Where the gradient is zero there is no such direction, and it is the gradient where one stands. A model that draws
     (dropout) draws for each of the two gradients.
     """
-    return _uphill(slope, rho, lambda leaf: torch.ones_like(leaf, dtype=torch.float64))
+    return _uphill(slope, rho, lambda _: 1.0)
 
 
 @checked
 def asam(slope: Slope, rho: NonNegative, eta: NonNegative = 0.01) -> Slope:
     """The same with distances measured in the sizes of the parameters, |w| + eta."""
-    return _uphill(slope, rho, lambda leaf: leaf.double().abs() + eta)
+    return _uphill(slope, rho, lambda leaf: leaf.abs() + eta)
 
 
-def _uphill(slope: Slope, rho: float, size: Callable[[Tensor], Tensor]) -> Slope:
-    """As `asam` does, with T_w = diag(size(w)), float64."""
+def _uphill(slope: Slope, rho: float, size: Callable[[Tensor], Tensor | float]) -> Slope:
+    """As `asam` does, with T_w = diag(size(w))."""
 
     def sharp(params: Tree) -> tuple[Tensor, Tree]:
         loss, gradient = slope(params)
         sizes = tree.map(size, params)
-        scaled = tree.map(lambda s, g: s * g.double(), sizes, gradient)  # float32 has no squares of small gradients
-        norm = tree.norm(scaled)
-        radius = rho / torch.where(norm > 0, norm, 1)  # where it is zero, so is what is multiplied
-        climbed = tree.map(lambda w, s, g: w + (radius * s * g).to(w.dtype), params, sizes, scaled)
+        scaled = tree.map(lambda s, g: s * g, sizes, gradient)
+        norm = tree.norm(tree.map(Tensor.double, scaled))  # float32 has no squares of small gradients
+        unit = torch.where(norm > 0, norm, 1)  # where it is zero, so is what is divided
+        climbed = tree.map(lambda w, s, g: w + rho * s * (g / unit.to(g.dtype)), params, sizes, scaled)
         return loss, slope(climbed)[1]
 
     return sharp if rho else slope
