@@ -17,6 +17,7 @@ from clients.ncf import scorer
 from clients.penalty import PenalisedAdam
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
+from clients.sam import Sam
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from clients.wassffed import CountScores, TransportAdam
@@ -105,6 +106,10 @@ SHIPPED = {
     "full batch": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=64)),
     "single examples": Shipped(lambda model: Sgd(model=model, lr=0.1, batch_size=1)),
     "prox": Shipped(lambda model: Prox(model=model, lr=0.1, mu=0.5, epochs=2, batch_size=8)),
+    "sam": Shipped(
+        lambda model: Sam(model=model, lr=0.1, rho=0.3, momentum=0.5, weight_decay=0.01, epochs=2, batch_size=8)
+    ),
+    "asam": Shipped(lambda model: Sam(model=model, lr=0.1, rho=0.5, adaptive=True, epochs=2, batch_size=8)),
     "scaffold": Shipped(lambda model: ControlledSgd(model=model, lr=0.1, epochs=2, batch_size=8), half),
     "qfedavg": Shipped(lambda model: LossThenSgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "fedfact": Shipped(
