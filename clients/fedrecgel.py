@@ -101,7 +101,7 @@ class DualSam(Client):
     @cached_property
     def num_items(self) -> int:
         """I."""
-        return next(len(leaf) for name, leaf in self.model.params.items() if name.startswith(ITEM))
+        return next(len(leaf) for name, leaf in self.model.module.named_parameters() if name.startswith(ITEM))
 
     def memory(self, shared: Tree, examples: int) -> int:
         """What a user's rows take up: of tables their own, not all."""
@@ -116,7 +116,7 @@ class DualSam(Client):
         """The user's embedding, drawn anew for each, and its optimiser at rest."""
         own = {
             name: SPREAD * torch.randn(leaf.shape, generator=rng, dtype=torch.float64).to(leaf.dtype)
-            for name, leaf in self.model.params.items()
+            for name, leaf in self.model.module.named_parameters()
             if name.startswith(OWN)
         }
         return {"own": own, "optimiser": self.optimiser.init(own)}

@@ -82,6 +82,10 @@ class Model:
         """The parameters that the module was made with, copied."""
         return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
 
+    def release(self) -> None:
+        """Forgets the copies of `params`, which are made again of the module when they are asked for."""
+        self.__dict__.pop("params", None)
+
     def to(self, device: torch.device) -> "Model":
         """The same model with its constants on a device; this one stays where it is."""
         criterion = self.criterion

@@ -67,7 +67,12 @@ def adam(
         mean = tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state["mean"], gradient)
         square = tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state["square"], gradient)
         size, root = lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
-        params = tree.map(lambda p, m, v: p - size * m / (v.sqrt() / root + epsilon), params, mean, square)
+
+        def step(p: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            moved = p - size * m / (v.sqrt() / root + epsilon)
+            return moved.to(p.dtype)  # which a parameter of one number would take from `size` otherwise
+
+        params = tree.map(step, params, mean, square)
         return params, {"steps": steps, "mean": mean, "square": square}
 
     return Optimiser(init, update)

@@ -5,44 +5,14 @@ vocabulary of error messages.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.rows import Rows as Rows
+
 Tree = dict[str, Any]  # str -> Tensor | Rows | Tree
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Some rows of a table of `size` rows; what stands in the others is zero.
-
-    Rows named twice add up. An index of -1 is padding. It travels as R rows and folds to those that anybody named, so
-    what touches few rows never becomes a dense table, neither a client's update nor a round's.
-    """
-
-    index: Tensor  # (R,) int64, or (C, R) when stacked
-    values: Tensor  # (R, ...), or (C, R, ...)
-    size: int
-
-    def dense(self) -> Tensor:
-        """The whole table, (size, ...); for stacked rows the sum over clients."""
-        index = self.index.flatten()
-        values = self.values.flatten(0, self.index.ndim - 1)
-        kept = index >= 0
-        table = values.new_zeros((self.size, *values.shape[1:]))
-        return table.index_add_(0, index[kept], values[kept])
-
-    def merged(self) -> "Rows":
-        """The same, each row once and in order, without padding; for stacked rows the sum over clients."""
-        index = self.index.flatten()
-        values = self.values.flatten(0, self.index.ndim - 1)
-        kept = index >= 0
-        if not kept.all():
-            index, values = index[kept], values[kept]
-        once, place = torch.unique(index, return_inverse=True)
-        return Rows(once, values.new_zeros((len(once), *values.shape[1:])).index_add_(0, place, values), self.size)
 
 
 def map(function: Callable[..., Any], first: Tree, *others: Tree) -> Tree:  # noqa: A001 - read as tree.map
@@ -207,7 +177,7 @@ def weighted_mean(tree: Tree, weight: Tensor) -> Tree:
 
     def mean(leaf: Any) -> Any:
         if isinstance(leaf, Rows):
-            return scale(leaf, share).merged()
+            return leaf.scaled(share).merged()
         leaf = leaf if leaf.is_floating_point() else leaf.double()
         return torch.tensordot(share.to(leaf.dtype), leaf, 1) if len(leaf) > 1 else leaf[0]
 
@@ -217,13 +187,6 @@ def weighted_mean(tree: Tree, weight: Tensor) -> Tree:
 def total(tree: Tree) -> Tree:
     """The sum over the first axis of leaves (C, ...); `Rows` become those that anybody named."""
     return map(lambda leaf: leaf.merged() if isinstance(leaf, Rows) else leaf.sum(0), tree)
-
-
-def scale(rows: Rows, factor: Tensor) -> Rows:
-    """Stacked rows (C, R, ...), those of each client multiplied by its factor (C,)."""
-    values = rows.values if rows.values.is_floating_point() else rows.values.double()
-    shape = (-1, *[1] * (values.ndim - 1))
-    return Rows(rows.index, values * factor.to(values.dtype).reshape(shape), rows.size)
 
 
 def norm(tree: Tree) -> Tensor:

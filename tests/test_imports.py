@@ -14,7 +14,7 @@ PACKAGES = ("fedsim", "strategies", "clients")
 # is in it; two names in one room know nothing of each other.
 ROOMS = (
     {"ranges", "files"},
-    {"randomness"},
+    {"randomness", "rows"},
     {"tree"},
     {"task"},
     {"client"},

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedsim import tree
-from fedsim.optim import adam, sgd
+from fedsim.optim import PIECE, adam, overwrite, sgd
+from fedsim.tree import Rows
 
 STEPS = 60
 
@@ -111,7 +112,7 @@ def test_an_update_changes_none_of_its_arguments_and_gives_the_same_again(name):
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_a_state_keeps_its_names_shapes_and_types(name):
-    optimiser, params = OPTIMISERS[name], start(torch.bfloat16)
+    optimiser, params = OPTIMISERS[name], start(torch.bfloat16) | {"scalar": torch.ones((), dtype=torch.bfloat16)}
     before = tree.flatten(optimiser.init(params))
     after = tree.flatten(optimiser.update(params, optimiser.init(params), params)[1])
     assert {part: (leaf.shape, leaf.dtype) for part, leaf in before.items()} == {
@@ -149,3 +150,41 @@ def test_inside_vmap_each_client_steps_as_it_does_alone(name):
 def test_what_would_give_no_numbers_is_refused(build, complaint):
     with pytest.raises(ValueError, match=complaint):
         build()
+
+
+# Writing over what is there.
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_written_over_the_numbers_are_the_same_to_the_bit_in_the_same_memory(name, dtype):
+    torch.manual_seed(0)
+    wide = PIECE // 3  # two rows at a time, and one that is left
+    shapes = {"table": (5, wide), "vector": (7,), "scalar": (), "none": (0, 3)}
+    params = {part: torch.randn(shape, dtype=dtype) for part, shape in shapes.items()}
+    optimiser = OPTIMISERS[name]
+    mine, state = tree.clone(params), optimiser.init(tree.clone(params))
+    expected, kept = params, optimiser.init(params)
+    places = {part: leaf.data_ptr() for part, leaf in mine.items()}
+    for _ in range(3):
+        gradient = {part: torch.randn(shape, dtype=dtype) for part, shape in shapes.items()}
+        before = tree.clone(mine)
+        state, moved = overwrite(optimiser, gradient, state, mine)
+        expected, kept = optimiser.update(gradient, kept, expected)
+        for part, leaf in tree.flatten({"params": expected, "state": kept}).items():
+            assert torch.equal(tree.flatten({"params": mine, "state": state})[part], leaf), part
+        for part, leaf in before.items():
+            assert moved[part] == pytest.approx(float((mine[part] - leaf).norm()), rel=1e-5)
+    assert {part: leaf.data_ptr() for part, leaf in mine.items()} == places
+
+
+def test_written_over_with_rows_the_numbers_are_those_of_the_dense_gradient():
+    torch.manual_seed(0)
+    optimiser, wide = adam(0.1), PIECE // 2
+    table = {"table": torch.randn(5, wide)}
+    rows = Rows(torch.tensor([0, 2, 3]), torch.randn(3, wide), 5)
+    found, expected = tree.clone(table), tree.clone(table)
+    overwrite(optimiser, {"table": rows}, optimiser.init(found), found)
+    overwrite(optimiser, {"table": rows.dense()}, optimiser.init(expected), expected)
+    assert torch.equal(found["table"], expected["table"]) and not torch.equal(found["table"], table["table"])
+    assert torch.equal(found["table"][[1, 4]], table["table"][[1, 4]])

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedsim import tree
@@ -46,12 +45,7 @@ class Fold:
     def _both(self, share: float, mine: Any, other: Any) -> Any:
         """What two leaves become; `share` is that of the other one in a mean."""
         if isinstance(mine, Rows):
-            parts = (1.0, 1.0) if self.reduce == "sum" else (1 - share, share)
-            values = [
-                rows.values * part if part != 1 else rows.values
-                for rows, part in zip((mine, other), parts, strict=True)
-            ]
-            return Rows(torch.cat([mine.index, other.index]), torch.cat(values), mine.size).merged()
+            return mine.plus(other) if self.reduce == "sum" else mine.plus(other, 1 - share, share)
         if self.reduce == "sum":
             return mine.add_(other) if self.own else mine + other
         return mine.lerp_(other, share) if self.own else mine.lerp(other, share)

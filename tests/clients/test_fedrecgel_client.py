@@ -12,6 +12,7 @@ from clients.ncf import scorer
 from fedsim import tree
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised
+from fedsim.engines.sequential import prepare
 from fedsim.model import Model, gradient
 from fedsim.optim import adam
 from fedsim.personal import Personal
@@ -256,3 +257,94 @@ def test_a_user_begins_with_an_embedding_of_its_own():
     assert kept["optimiser"]["steps"].tolist() == [0, 0]
     wide = DualSam(model=scorer(5, dim=256), lr=0.1).personal(torch.Generator().manual_seed(0))["own"]["user_gmf"]
     assert float(wide.std()) == pytest.approx(0.01, rel=4 / math.sqrt(2 * 256))
+
+
+# What it hides.
+
+
+def sent_by(client, federation, model, seed=3, engine=Sequential):
+    shared = {name: leaf for name, leaf in model.params.items() if not name.startswith(OWN)}
+    kept = Personal({"train": client}, 5, seed).gather([2])
+    return engine(federation, {"train": client}, seed).execute(
+        Task("train", {"params": shared}, round=1), Cohort([2], kept)
+    )
+
+
+def test_decoys_are_rows_of_other_items_whose_gradient_is_zero_and_change_nothing_else():
+    model, federation, plain = users(dtype=torch.float64)
+    one, other = (sent_by(client, federation, model) for client in (plain, replace(plain, decoys=15)))
+    for name in TABLES:
+        few, many = one.update["params"][name], other.update["params"][name]
+        assert (
+            set(few.index[0].tolist()) < set(many.index[0].tolist()) and many.index.shape[1] == few.index.shape[1] + 15
+        )
+        assert many.index[0].tolist() == sorted(set(many.index[0].tolist())), "their place does not tell them apart"
+        assert not many.values[0][~torch.isin(many.index[0], few.index[0])].any()
+        torch.testing.assert_close(many.dense(), few.dense(), rtol=1e-9, atol=1e-15)
+    for name, leaf in tree.flatten(one.personal).items():
+        torch.testing.assert_close(tree.flatten(other.personal)[name], leaf, rtol=1e-9, atol=1e-12)
+
+
+def test_more_decoys_than_there_are_items_are_refused():
+    model, federation, plain = users()
+    failed = sent_by(replace(plain, decoys=60), federation, model).failed
+    assert "there are not 60 others to draw" in failed[2]
+
+
+def test_what_is_sent_is_clipped_to_a_norm_and_never_stretched():
+    model, federation, plain = users(dtype=torch.float64)
+    whole = sent_by(plain, federation, model).update["params"]
+    size = float(tree.norm(whole))
+    short = sent_by(replace(plain, clip=size / 3), federation, model).update["params"]
+    assert float(tree.norm(short)) == pytest.approx(size / 3, rel=1e-9)
+    for name, leaf in tree.flatten(whole).items():
+        if leaf.is_floating_point():
+            torch.testing.assert_close(3 * tree.flatten(short)[name], leaf, rtol=1e-9, atol=1e-15)
+    long = sent_by(replace(plain, clip=3 * size), federation, model).update["params"]
+    assert all(torch.equal(leaf, tree.flatten(long)[name]) for name, leaf in tree.flatten(whole).items())
+
+
+@pytest.mark.parametrize("engine", [Sequential, Vectorised])
+def test_noise_is_gaussian_with_its_deviation_on_every_number_and_decoys_are_not_told_by_zeros(engine):
+    model, federation, plain = users(dtype=torch.float64, decoys=20)
+    noisy = replace(plain, noise=0.5)
+    assert noisy.stochastic and not plain.stochastic
+    whole, found = (sent_by(client, federation, model, engine=engine).update["params"] for client in (plain, noisy))
+    numbers = {name: leaf for name, leaf in tree.flatten(found).items() if leaf.is_floating_point()}
+    added = torch.cat([(leaf - tree.flatten(whole)[name]).flatten() for name, leaf in numbers.items()])
+    assert float(added.std()) == pytest.approx(0.5, rel=4 / math.sqrt(2 * len(added)))
+    assert abs(float(added.mean())) < 4 * 0.5 / math.sqrt(len(added))
+    assert all((found[name].values != 0).all() for name in TABLES)
+    again = sent_by(noisy, federation, model, engine=engine).update["params"]
+    assert all(torch.equal(leaf, tree.flatten(again)[name]) for name, leaf in tree.flatten(found).items())
+
+
+# Rows or tables.
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_a_round_by_rows_is_one_by_dense_tables(rule):
+    model, federation, client = users(dtype=torch.float64, rho_shared=0.05, rho_own=0.1, piece=16, rule=rule)
+    shared = {name: leaf for name, leaf in model.params.items() if not name.startswith(OWN)}
+    kept = Personal({"train": client}, 5, 3).gather([2, 3])
+    engine = Vectorised(federation, {"train": client}, 3)
+    task = Task("train", {"params": shared}, round=1, reduce="mean")
+    found = engine.execute(task, Cohort([2, 3], kept)).update["params"]
+    expected = {name: torch.zeros_like(leaf) for name, leaf in shared.items()}
+    for place, user in enumerate((2, 3)):
+        rows = prepare(engine, task, user)
+
+        def loss(at, rows=rows):  # of whole tables
+            logits = torch.func.functional_call(model.module, at["shared"] | at["own"], (rows["item"],))
+            each = binary_cross_entropy_with_logits(logits, rows["y"].double(), reduction="none")
+            return (rows["weight"] * each).sum()
+
+        at = {"shared": shared, "own": tree.take(kept["own"], place)}
+        slope = gradient(loss, at)[1]["shared"]
+        length = tree.norm(slope)
+        up = {name: leaf + 0.05 * slope[name] / length for name, leaf in shared.items()}
+        for name, leaf in gradient(loss, at | {"shared": up})[1]["shared"].items():
+            expected[name] += leaf / 2
+    for name, leaf in expected.items():
+        mean = found[name].dense() if isinstance(found[name], tree.Rows) else found[name]
+        assert float((mean - leaf).abs().max()) < 1e-6 * float(leaf.abs().max())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedsim.engines.folding import Fold, Folds, pieces
+from fedsim.tree import Rows
 
 
 def fold(reduce, generator, clients):
@@ -95,3 +96,33 @@ def test_pieces_cover_all_blocks_once_in_aligned_powers_of_two(blocks, workers):
 
 def test_a_block_that_takes_long_is_not_bound_to_others():
     assert pieces([1.0, 1.0, 100.0, 1.0], 2) == [range(2), range(2, 3), range(3, 4)]
+
+
+# Rows of tables.
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_rows_stay_rows_and_stand_for_the_same_table(reduce):
+    generator = torch.Generator().manual_seed(0)
+    sparse, dense = Folds(reduce), Folds(reduce)
+    named = set()
+    for clients in (2, 1, 3):
+        index = torch.randint(-1, 9, (clients, 4), generator=generator)
+        rows = Rows(index, torch.randn(clients, 4, 2, generator=generator, dtype=torch.float64), 20)
+        tables = torch.stack([Rows(i, v, 20).dense() for i, v in zip(rows.index, rows.values, strict=True)])
+        weight = torch.rand(clients, generator=generator, dtype=torch.float64)
+        for folds, leaf in ((sparse, rows), (dense, tables)):
+            one = Fold(reduce)
+            one.add({"items": leaf}, weight)
+            folds.push(one)
+        named |= set(index[index >= 0].tolist())
+    found = sparse.whole().update["items"]
+    assert found.index.tolist() == sorted(named), "each row that somebody named, once"
+    torch.testing.assert_close(found.dense(), dense.whole().update["items"], rtol=1e-12, atol=1e-14)
+
+
+def test_the_mean_of_one_clients_rows_are_its_rows_to_the_bit():
+    rows = Rows(torch.tensor([[4, 1, -1]]), torch.randn(1, 3, 2), 6)
+    one = Fold("mean")
+    one.add({"items": rows}, torch.tensor([0.3]))
+    assert torch.equal(one.update["items"].values, rows.values[0, [1, 0]])

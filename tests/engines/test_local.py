@@ -401,6 +401,30 @@ def test_blocks_are_bounded_by_memory_and_hold_at_least_one_client(classificatio
     assert engine.width(enormous, 33, 0) == 1
 
 
+def test_a_client_may_tell_how_much_memory_it_takes(classification):
+    @dataclass(frozen=True)
+    class Frugal(Sgd):
+        def memory(self, shared, examples):
+            return 1000 * examples
+
+    model, federation = classification(SIZES)
+    engine = Vectorised(federation, {"train": Frugal(model=model, lr=0.1)})
+    row = 5 * 4 + 3 * 8
+    assert engine.width(Task("train", {"params": model.params}), 33, 0) == vectorised.BLOCK_BYTES // (33 * (1000 + row))
+
+
+def test_auto_vectorises_a_large_model_whose_client_runs_a_cohort_in_its_own_way(classification):
+    @dataclass(frozen=True)
+    class Own(Sgd):
+        def run_cohort(self, shared, personal, data, rows):
+            return super().run_cohort(shared, personal, data, rows)
+
+    large = Model(torch.nn.Linear(1000, 1000))
+    federation = classification(SIZES)[1]
+    assert isinstance(auto(federation, {"train": Own(model=large, lr=0.1)}), Vectorised)
+    assert isinstance(auto(federation, {"train": Sgd(model=large, lr=0.1)}), Sequential)
+
+
 @pytest.mark.parametrize("settings", [{"block": 0}, {"seed": -1}])
 def test_an_engines_setting_out_of_range_is_refused_by_name(classification, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
