@@ -1,5 +1,6 @@
 """What the command line tells about the machine, the data sets and an experiment before it is run."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def data_sets() -> list[tuple[str, str, str]]:
     """Name, where the files are, and source of each data set."""
     told = []
     for name, loader in CATALOGUE.items():
-        where = files.whereabouts(SOURCES[name]) if name in SOURCES else "needs none"
+        where = files.whereabouts(SOURCES[name]) if name in SOURCES else "yours" if _yours(name) else "needs none"
         told.append((name, where, (loader.__doc__ or "").strip().splitlines()[0]))
     return told
 
@@ -69,9 +70,15 @@ def fetch(name: str) -> str:
     if name not in CATALOGUE:
         raise ConfigError(f"data set {name!r}: must be one of {', '.join(CATALOGUE)}")
     if name not in SOURCES:
-        return "needs no files"
+        return "reads a file of yours, path" if _yours(name) else "needs no files"
     files.load(SOURCES[name])
     return files.whereabouts(SOURCES[name])
+
+
+def _yours(name: str) -> bool:
+    """Whether a data set has a path that must be given."""
+    path = inspect.signature(CATALOGUE[name]).parameters.get("path")
+    return path is not None and path.default is inspect.Parameter.empty
 
 
 def partition(experiment: str, changes: Sequence[str], column: str, plot: Path | None) -> tuple[Pairs, Path | None]:

@@ -10,7 +10,8 @@ class Dataset:
     """Columns of equal length, and what their values are called.
 
     Columns that several parts of fedsim know by name: "x" features (float32), "y" labels (int64, 0..K-1), "a" the
-    sensitive group (int64, 0..G-1), "user", "item" (int64 from 0), "rating" (float32), "time" (int64).
+    sensitive group (int64, 0..G-1), "user", "item" (int64 from 0), "rating" (float32), "time" (int64; float64
+    where it has fractions).
     """
 
     name: str

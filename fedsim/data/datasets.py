@@ -13,7 +13,7 @@ from fedsim.data.generated import (
     random_joint,
 )
 from fedsim.data.images import digits, fashion_mnist
-from fedsim.data.ratings import filmtrust, movielens_100k
+from fedsim.data.ratings import filmtrust, movielens_100k, ratings
 from fedsim.data.tabular import adult, compas, drug_consumption
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "latent_factor_ratings",
     "movielens_100k",
     "random_joint",
+    "ratings",
 ]
 
 CATALOGUE: dict[str, Callable[..., Dataset]] = {
@@ -41,6 +42,7 @@ CATALOGUE: dict[str, Callable[..., Dataset]] = {
     "fashion_mnist": fashion_mnist,
     "movielens_100k": movielens_100k,
     "filmtrust": filmtrust,
+    "ratings": ratings,
     "digits": digits,
     "gaussians": gaussians,
     "gaussian_task": gaussian_task,

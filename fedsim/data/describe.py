@@ -24,6 +24,7 @@ _COLOURS = (
 )
 _GROUP_COLOURS = ("#2f6f73", "#e0a458", "#8e6c8a", "#c8553d", "#b7b7a4", *_COLOURS[:5])
 _VALUES = 20  # of a column without names that are told apart
+_LETTERS = 40  # of a name that a figure shows
 _REST = "#d8d5d2"
 _INK = "#3b3b3b"
 
@@ -175,8 +176,9 @@ def _stack(
     gap = 0.4 + 0.03 * len(clients)
     place = np.append(np.arange(len(clients)), len(clients) + gap)
     base = np.zeros(len(table))
-    for name, colour, height in layers:
-        axes.bar(place, height, 0.9, base, color=colour, label=name, linewidth=0)
+    bars = []
+    for _, colour, height in layers:
+        bars.append(axes.bar(place, height, 0.9, base, color=colour, linewidth=0))
         base += height
     ticks = np.unique(np.linspace(0, len(clients) - 1, 11 if len(clients) > 11 else len(clients)).round().astype(int))
     axes.set_xticks([*ticks, place[-1]], [*(f"{client:,}" for client in clients[ticks]), "all"])
@@ -184,9 +186,15 @@ def _stack(
     axes.set_ylim(0, 1)
     axes.set_xlabel("client", color=_INK)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    labels = [_label(name) for name, _, _ in layers]
+    axes.legend(bars[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     _clean(axes)
+
+
+def _label(name: str) -> str:
+    """A name as it is drawn: one line, not too long, and a dollar is a dollar, not the beginning of a formula."""
+    line = " ".join(name.split())
+    return (line if len(line) <= _LETTERS else f"{line[: _LETTERS - 1]}…").replace("$", r"\$")
 
 
 def _histogram(axes: Axes, examples: Ints) -> None:

@@ -26,26 +26,27 @@ class Table:
             values = cells.astype(np.float64)
         except ValueError:
             values = np.array([_number(cell) for cell in cells])
-        self._refuse(column, ~np.isfinite(values), "a number")
+        self.refuse(column, ~np.isfinite(values), "a number")
         return values
 
     def integers(self, column: str) -> NDArray[np.int64]:
         """A column of whole numbers, (E,)."""
         values = self.numbers(column)
-        self._refuse(column, values != np.rint(values), "a whole number")
+        self.refuse(column, values != np.rint(values), "a whole number")
         return values.astype(np.int64)
 
     def codes(self, column: str, values: Sequence[str]) -> NDArray[np.int64]:
         """Which of these values each cell is, (E,)."""
         matches = self.columns[column][:, None] == np.array(values)  # (E, number of values)
-        self._refuse(column, ~matches.any(1), f"one of {', '.join(values)}")
+        self.refuse(column, ~matches.any(1), f"one of {', '.join(values)}")
         return np.asarray(matches.argmax(1))
 
     def rows(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "Table":
         """The chosen rows alone."""
         return Table(self.where, {name: cells[chosen] for name, cells in self.columns.items()}, self.lines[chosen])
 
-    def _refuse(self, column: str, wrong: NDArray[np.bool_], wanted: str) -> None:
+    def refuse(self, column: str, wrong: NDArray[np.bool_], wanted: str) -> None:
+        """Raises ValueError for the first of the rows that are wrong, (E,)."""
         if wrong.any():
             row = int(wrong.argmax())
             cell = str(self.columns[column][row])

@@ -9,6 +9,7 @@ import torch
 
 from fedsim.data.dataset import Dataset
 from fedsim.data.datasets import filmtrust, latent_factor_ratings, movielens_100k
+from fedsim.data.federation import Partition
 from fedsim.data.partition import by_column, iid
 from fedsim.ranking import DRAWN, KNOWN, WANTED, leave_one_out
 
@@ -121,7 +122,7 @@ def test_without_times_a_random_item_is_held_out_always_the_same():
     [
         ({"min_items": 2}, "min_items must be more than the 2 that are held out, got 2"),
         ({"min_items": 9}, "some: no user has min_items = 9 different items"),
-        ({"min_items": 3, "negatives": 99}, "user 0 has 3 of 8 items, so there are not 99 negatives to draw"),
+        ({"min_items": 3, "negatives": 99}, "user 1 has 4 of 8 items, so there are not 99 negatives .* 4 at most"),
         ({"negatives": -1}, "negatives must be >= 0, got -1"),
     ],
 )
@@ -135,6 +136,131 @@ def test_data_without_users_or_of_clients_with_several_is_refused(small):
         leave_one_out(Dataset("lonely", {"item": torch.arange(4)}), iid({"item": torch.arange(4)}, 0, 2))
     with pytest.raises(ValueError, match="client 0 has . users; partition by_column 'user'"):
         leave_one_out(small, iid(small.columns, 0, 2), min_items=3, negatives=1)
+
+
+def test_as_many_negatives_as_there_are_untouched_items_are_all_of_them_and_one_more_is_refused(small):
+    found = split(small, negatives=4, min_items=3)
+    assert sorted(part(found, 1, "test", DRAWN)) == [1, 3, 5, 6], "user 1 has 0, 2, 4 and 7 of 8"
+    with pytest.raises(ValueError, match="user 1 has 4 of 8 items, so there are not 5 negatives to draw: ask for 4"):
+        split(small, negatives=5, min_items=3)
+
+
+def plainly(data, partition, negatives, held, min_items, drawn_by):
+    """Leave one out as a loop over users: what each trains on, its held-out items and what was drawn for them."""
+    item, time = (data.columns[name].tolist() for name in ("item", "time"))
+    kept = []
+    for rows in np.split(partition.rows, partition.offsets[1:-1]):
+        first = {}
+        for row in sorted(rows.tolist()):
+            first.setdefault(item[row], row)
+        if len(first) >= min_items:
+            kept.append([item[row] for row in sorted(first.values(), key=lambda row: (time[row], -row))])
+    catalogue = sorted({one for items in kept for one in items})
+    random = np.random.default_rng(drawn_by), np.random.default_rng([drawn_by, 1])
+    users = []
+    for items in kept:
+        own = [catalogue.index(one) for one in items]
+        never = np.setdiff1d(np.arange(len(catalogue)), own)
+        drawn = [random[place].choice(never, negatives, replace=False).tolist() for place in range(held)]
+        users.append((own[:-held], own[::-1][:held], drawn))
+    return tuple(str(one) for one in catalogue), users
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_data_is_split_as_by_a_plain_loop_over_users(seed):
+    """Ids with gaps, users with few interactions or none, duplicates, equal times, and rows in any order."""
+    random = np.random.default_rng(seed)
+    examples = int(random.integers(150, 300))
+    columns = {
+        "user": random.choice(
+            [3, 5, 900, 10**12, 17, 18, 19, 20], examples, p=[0.2, 0.2, 0.2, 0.15, 0.2, 0.02, 0.02, 0.01]
+        ),
+        "item": random.choice(10**9, 60)[random.integers(60, size=examples)],
+        "time": random.integers(20, size=examples),
+    }
+    data = Dataset("random", {name: torch.from_numpy(column) for name, column in columns.items()})
+    owned = by_column(data.columns, column="user")
+    clients = np.split(owned.rows, owned.offsets[1:-1])
+    clients = [*map(random.permutation, clients), owned.rows[:0]]  # and a client without any
+    partition = Partition(np.concatenate(clients), np.cumsum([0, *map(len, clients)]))
+    held = 1 + seed % 2
+    found = leave_one_out(data, partition, negatives=9, validation=held == 2, min_items=4, drawn_by=seed)
+    names, users = plainly(data, partition, 9, held, 4, seed)
+    assert found.names == {"item": names} and found.num_clients == len(users) > 3
+    for user, (train, out, drawn) in enumerate(users):
+        assert part(found, user, "train", WANTED) == train
+        assert not set(train) & set(out) and len(set(out)) == held
+        for place, name in zip(range(held), ("test", "validation"), strict=False):
+            assert part(found, user, name, WANTED) == [out[place]]
+            assert part(found, user, name, DRAWN) == drawn[place]
+            assert part(found, user, name, KNOWN) == train + out[:place:-1]
+
+
+@pytest.mark.parametrize("items", [9_990, 10_030, 300_000])
+@pytest.mark.parametrize("negatives", [99, 400])
+def test_negatives_are_those_of_a_choice_among_all_untouched_items(items, negatives):
+    """On both sides of 10,000, where numpy goes another way, as it does for more than a fiftieth of them."""
+    random = np.random.default_rng(items)
+    own = [random.choice(items, size, replace=False) for size in (5, 40, 20)]
+    columns = {
+        "user": torch.arange(3).repeat_interleave(torch.tensor([5, 40, 20])),
+        "item": torch.from_numpy(np.concatenate(own)),
+        "time": torch.arange(65),
+    }
+    found = split(Dataset("wide", columns, names={"item": tuple(map(str, range(items)))}), negatives=negatives)
+    random = np.random.default_rng(42)
+    for user in range(3):
+        never = np.setdiff1d(np.arange(items), own[user])
+        assert part(found, user, "test", DRAWN) == random.choice(never, negatives, replace=False).tolist()
+
+
+def test_items_that_only_users_had_who_are_left_out_may_be_drawn_where_the_data_names_them():
+    columns = {"user": torch.tensor([0, 0, 0, 1]), "item": torch.tensor([0, 1, 2, 3]), "time": torch.arange(4)}
+    named = Dataset("some", columns, names={"item": tuple("abcd")})
+    assert part(split(named, negatives=1, min_items=3), 0, "test", DRAWN) == [3]
+    with pytest.raises(ValueError, match="user 0 has 3 of 3 items"):
+        split(Dataset("some", columns), negatives=1, min_items=3)
+
+
+def test_clients_are_called_what_the_data_calls_the_users():
+    columns = {"user": torch.tensor([0, 1, 1, 2, 2, 2]), "item": torch.tensor([0, 0, 1, 0, 1, 2])}
+    named = Dataset("some", columns, names={"user": ("Ann", "Bob", "Cy")})
+    assert split(named, negatives=0, min_items=2, validation=False).names["user"] == ("Bob", "Cy")
+    assert "user" not in split(Dataset("some", columns), negatives=0, min_items=2, validation=False).names
+    with pytest.raises(ValueError, match="user Cy has 3 of 3 items, so there are not 1 negatives"):
+        split(named, negatives=1, min_items=2, validation=False)
+
+
+def test_times_may_have_fractions_but_must_be_numbers():
+    rows = {"user": torch.zeros(3, dtype=torch.int64), "item": torch.arange(3)}
+    times = torch.tensor([0.25, 0.75, 0.5], dtype=torch.float64)
+    assert part(split(Dataset("some", rows | {"time": times}), negatives=0, min_items=3), 0, "test", WANTED) == [1]
+    for wrong in (torch.nan, torch.inf):
+        times = torch.tensor([0.25, wrong, 0.5])
+        with pytest.raises(ValueError, match="some: column 'time' must hold one finite number .*, got (nan|inf)"):
+            split(Dataset("some", rows | {"time": times}), negatives=0, min_items=3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "message"),
+    [
+        ({"item": [0, 1, 3]}, {"item": ("a", "b", "c")}, "column 'item' must hold 0 to 2, which have names, got 3"),
+        ({"item": [0, -1, 2]}, {}, "column 'item' must hold 0 or more, got -1"),
+        ({"item": [0.0, 1.5, 2.0]}, {}, "column 'item' must hold one integer for each example, got float32"),
+        ({"user": [0, 0, 1]}, {"user": ("Ann",)}, "column 'user' must hold 0 to 0, which have names, got 1"),
+    ],
+)
+def test_users_and_items_that_are_no_numbers_or_have_no_names_are_refused(columns, names, message):
+    three = {"user": [0, 0, 0], "item": [0, 1, 2]} | columns
+    data = Dataset("some", {name: torch.tensor(column) for name, column in three.items()}, names=names)
+    with pytest.raises(ValueError, match=message):
+        leave_one_out(data, Partition(np.arange(3), np.array([0, 3])), negatives=0, min_items=3)
+
+
+def test_a_user_who_is_several_clients_is_refused(small):
+    rows = by_column(small.columns, column="user").rows
+    with pytest.raises(ValueError, match="some: user 1 is 2 clients; partition by_column 'user'"):
+        leave_one_out(small, Partition(rows, np.array([0, 3, 5, 7, 10])), min_items=3, negatives=1)
 
 
 # Known data.
