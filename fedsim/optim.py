@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def adam(
         size, root = lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
 
         def step(p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            moved = p - size * m / (v.sqrt() / root + epsilon)
+            moved: Tensor = p - size * m / (v.sqrt() / root + epsilon)
             return moved.to(p.dtype)  # which a parameter of one number would take from `size` otherwise
 
         params = tree.map(step, params, mean, square)
@@ -90,27 +90,32 @@ def overwrite(optimiser: Optimiser, gradient: Tree, state: Tree, params: Params)
     tables = {name: branch for name, branch in state.items() if isinstance(branch, dict)}
     after, distance = scalars, {}
     for name, leaf in params.items():
-        flat = leaf[None] if leaf.ndim == 0 else leaf
-        branches = {key: branch[name].view_as(flat) for key, branch in tables.items()}
-        step, squares = max(1, PIECE // max(1, flat[:1].numel())), 0.0
-        for start in range(0, len(flat), step):
-            rows = slice(start, min(start + step, len(flat)))
-            before = {key: {name: branch[rows]} for key, branch in branches.items()}
-            slope, old = _rows(gradient[name], flat, rows), flat[rows]
+        squares = 0.0
+        for rows in _pieces(leaf):
+            before = {key: {name: branch[name][rows]} for key, branch in tables.items()}
+            slope, old = _rows(gradient[name], leaf, rows), leaf[rows]
             new, rest = optimiser.update({name: slope}, scalars | before, {name: old})
             squares += float((new[name] - old).square().sum())
-            flat[rows] = new[name]
-            for key, branch in branches.items():
-                branch[rows] = rest[key][name]
+            leaf[rows] = new[name]
+            for key, branch in tables.items():
+                branch[name][rows] = rest[key][name]
             after = {key: rest[key] for key in scalars}
         distance[name] = math.sqrt(squares)
     return after | tables, distance
 
 
-def _rows(gradient: Tensor | Rows, like: Tensor, rows: slice) -> Tensor:
+def _pieces(leaf: Tensor) -> list[Any]:
+    """What to index a tensor by, to have all of it in pieces."""
+    if not leaf.ndim:
+        return [...]
+    step = max(1, PIECE // max(1, leaf[:1].numel()))
+    return [slice(start, min(start + step, len(leaf))) for start in range(0, len(leaf), step)]
+
+
+def _rows(gradient: Tensor | Rows, like: Tensor, rows: Any) -> Tensor:
     """These rows of a gradient that has the shape of `like`."""
     if not isinstance(gradient, Rows):
-        return gradient.view_as(like)[rows]
+        return gradient[rows]
     first, last = torch.searchsorted(gradient.index, torch.tensor([rows.start, rows.stop])).tolist()
     dense = torch.zeros_like(like[rows])
     dense[gradient.index[first:last] - rows.start] = gradient.values[first:last].to(dense.dtype)

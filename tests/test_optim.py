@@ -174,7 +174,7 @@ def test_written_over_the_numbers_are_the_same_to_the_bit_in_the_same_memory(nam
         for part, leaf in tree.flatten({"params": expected, "state": kept}).items():
             assert torch.equal(tree.flatten({"params": mine, "state": state})[part], leaf), part
         for part, leaf in before.items():
-            assert moved[part] == pytest.approx(float((mine[part] - leaf).norm()), rel=1e-5)
+            assert moved[part] == pytest.approx(float((mine[part] - leaf).double().norm()), rel=1e-5)
     assert {part: leaf.data_ptr() for part, leaf in mine.items()} == places
 
 

@@ -74,7 +74,7 @@ def test_it_learns_tastes_that_popularity_does_not_know(rho):
 
 @pytest.mark.slow
 def test_too_large_a_radius_slows_learning():
-    assert learned(0.5) < 0.6
+    assert sum(learned(0.5, seed) for seed in range(3)) / 3 < 0.6
 
 
 def test_the_server_takes_a_step_of_adam_on_the_plain_mean():
