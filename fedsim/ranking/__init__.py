@@ -3,13 +3,14 @@
 from fedsim.ranking.counting import popularity, users
 from fedsim.ranking.evaluation import RankItems, Scorer
 from fedsim.ranking.measures import hit_rate, ndcg, rank
-from fedsim.ranking.naming import MOSTPOP, Measure, beside, foremost, is_ranking, ranked, usual
+from fedsim.ranking.naming import MOSTPOP, PART, Measure, beside, foremost, is_ranking, ranked, usual
 from fedsim.ranking.splitting import DRAWN, KNOWN, WANTED, leave_one_out
 
 __all__ = [
     "DRAWN",
     "KNOWN",
     "MOSTPOP",
+    "PART",
     "WANTED",
     "Measure",
     "RankItems",

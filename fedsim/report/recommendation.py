@@ -173,7 +173,8 @@ def _bars(record: RunRecord, kind: str, groups: Sequence[Group]) -> Plot:
             yerr=[group.error(column) for group in groups],
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3, "capthick": 1},
         )
-    axes.set_xticks(range(len(groups)), [f"{group.bounds}\n{several(group.n, 'user')}" for group in groups])
+    told = [f"{group.bounds}\n{several(group.n, 'user')}" for group in groups]
+    axes.set_xticks(range(len(groups)), told, fontsize=9 if max(len(group.bounds) for group in groups) < 15 else 7)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(across, color=QUIET, fontsize=9)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedsim.ranking import beside
+from fedsim.ranking import PART, beside, is_ranking
 from fedsim.report.measures import outcome
 from fedsim.report.reading import RunRecord
 from fedsim.report.rows import Row, Spread
@@ -74,5 +74,5 @@ def _rounded(record: RunRecord, measures: Sequence[str]) -> list[tuple[str, floa
 
 def _values(record: RunRecord, measures: Sequence[str]) -> dict[str, float]:
     """What popularity reaches in a run, as far as it was measured."""
-    last = {name: outcome(record, beside(name)) for name in measures if name.startswith("clients/")}
+    last = {name: outcome(record, beside(name)) for name in measures if is_ranking(name.removeprefix(PART))}
     return {name: one.last for name, one in last.items() if one is not None and math.isfinite(one.last)}
