@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fedsim
 from clients.mostpop import Popularity, TellItems, nothing
+from fedsim import cli
 from fedsim.config import ConfigError, assemble, read
 from fedsim.data.datasets import latent_factor_ratings, movielens_100k
 from fedsim.data.federation import Federation
@@ -242,3 +244,10 @@ def test_the_usual_measures_are_those_at_10_or_near_it():
     ]
     assert foremost(["test/hr_10", "clients/hr_15", "clients/hr_5", "clients/mostpop_hr_10"]) == ["clients/hr_5"]
     assert beside("clients/full_hr_10") == "clients/mostpop_full_hr_10"
+
+
+def test_what_the_terminal_says_in_the_end_has_a_row_of_mostpop(tmp_path):
+    told = CliRunner().invoke(cli.app, ["run", "mostpop/latent-factors", "--out", str(tmp_path)]).output.splitlines()
+    (own,), (popular,) = ([line for line in told if line.startswith(start)] for start in ("clients/", "MostPop "))
+    assert own.split("  ")[:2] == ["clients/hr_10 0.2900", "clients/ndcg_10 0.1354"]
+    assert popular.removeprefix("MostPop ").split("  ") == own.split("  ")[:4], "for here it is what was run"
