@@ -19,6 +19,7 @@ from fedsim.engines.engine import Engine
 from fedsim.fairness import Notion, events, unfairness
 from fedsim.model import Model
 from fedsim.ranges import Count
+from fedsim.ranking import MOSTPOP
 from fedsim.task import Batch, Cohort, Metrics, Reduce, Reply, Task, Traffic
 from fedsim.transport import class_scores, farthest, histogram, score_width
 from fedsim.tree import Tree
@@ -210,6 +211,8 @@ def spread(evaluation: Evaluation) -> Metrics:
     apart = set(disparities(evaluation.groups)) if evaluation.groups is not None else set()
     metrics: Metrics = {f"local_{name}": float(evaluation.clients[name][some].max()) for name in sorted(apart)}
     for name in sorted(evaluation.pooled.keys() & evaluation.clients.keys() - apart - {"examples", "loss"}):
+        if name.startswith(MOSTPOP):  # which is there to be compared with
+            continue
         values = evaluation.clients[name][some]
         metrics |= {f"{name}/min": float(values.min()), f"{name}/p10": float(np.quantile(values, 0.1))}
         metrics[f"{name}/std"] = float(values.std())

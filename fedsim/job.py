@@ -16,6 +16,7 @@ from fedsim.foreign import Foreign
 from fedsim.progress import Display, Silent
 from fedsim.randomness import rng
 from fedsim.ranges import Count, Natural, check_fields
+from fedsim.ranking import RankItems, users
 from fedsim.runs import Run
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.task import Cohort, Metrics, Params
@@ -233,4 +234,8 @@ def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:
     found = evaluate(engine, shared, Cohort(ids, personal), snapshot.round, reduce)
     if len(found.failed) == len(ids) or (found.failed and name == "test"):  # of which a part says nothing
         raise RuntimeError(f"round {snapshot.round}: evaluation failed: {next(iter(found.failed.values()))}")
+    if name == "clients" and isinstance(client, RankItems):
+        answered = found.clients["client"].astype(np.int64)
+        about = users(job.assembly.federation, answered, client.part, client.popularity)
+        found = found._replace(clients=found.clients | about)
     return found

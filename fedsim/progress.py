@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedsim.ranking import beside, foremost
 from fedsim.task import Metrics
 
 SHOWN = ("test/accuracy", "clients/accuracy", "train/loss")  # first, where there are any
@@ -84,7 +85,7 @@ class Lines(Silent):
     def show(self, metrics: Metrics) -> None:
         """Writes the line, if it is time for one."""
         round, now = int(metrics["round"]), time.monotonic()
-        evaluated = any(name in metrics for name in SHOWN[:2])
+        evaluated = any(name in metrics for name in SHOWN[:2]) or bool(foremost(metrics))
         if evaluated or round in (self.before + 1, self.rounds) or now - self.last > 10:
             left = (now - self.began) / (round - self.before) * (self.rounds - round)
             self.console.print(
@@ -105,6 +106,9 @@ def told(metrics: Metrics) -> str:
     words = [f"{name} {number(metrics[name])}" for name in SHOWN if name in metrics]
     others = [name for name in metrics if name.startswith("test/") and name not in SHOWN and name != "test/loss"]
     words += [f"{name} {number(metrics[name])}" for name in others[:2]]
+    for name in foremost(metrics)[:2]:
+        popular = f" (MostPop {number(metrics[beside(name)])})" if beside(name) in metrics else ""
+        words.append(f"{name} {number(metrics[name])}{popular}")
     if metrics.get("seconds"):
         words.append(f"{metrics['clients'] / metrics['seconds']:.0f} clients/s")
     if metrics.get("failed"):

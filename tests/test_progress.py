@@ -147,3 +147,10 @@ def test_what_went_wrong_is_written_and_stays():
         live.show(metrics(2))
     assert written(bar).count("a [worker] died") == 1  # the bar is drawn anew, it is not
     Silent().warn("nobody sees this")
+
+
+def test_recommendations_are_told_with_what_mostpop_reaches_where_that_is_known():
+    found = {"clients/hr_5": 0.1, "clients/hr_10": 0.3, "clients/ndcg_10": 0.2, "clients/full_hr_10": 0.05}
+    assert told(found) == "clients/hr_10 0.3000  clients/ndcg_10 0.2000"
+    beside = told(found | {"clients/mostpop_hr_10": 0.25, "clients/mostpop_ndcg_10": 0.125})
+    assert beside == "clients/hr_10 0.3000 (MostPop 0.2500)  clients/ndcg_10 0.2000 (MostPop 0.1250)"

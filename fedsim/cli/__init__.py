@@ -26,6 +26,7 @@ from fedsim.launch import resume as resume_run
 from fedsim.launch import run_app
 from fedsim.launch import sweep as run_experiments
 from fedsim.progress import display
+from fedsim.ranking import beside, foremost
 from fedsim.report import compare as compare_runs
 from fedsim.report import write_report
 from fedsim.report.comparison import as_table
@@ -181,9 +182,13 @@ def data_describe(
 
 
 def _closing(result: Result) -> None:
-    words = [f"{name} {result.last(name):.4f}" for name in ("test/accuracy", "clients/accuracy") if _has(result, name)]
+    ranked = foremost({name for line in result.metrics for name in line})
+    shown = [name for name in ("test/accuracy", "clients/accuracy", *ranked) if _has(result, name)]
+    words = [f"{name} {result.last(name):.4f}" for name in shown]
     ended = ", converged" if result.metrics and "converged" in result.metrics[-1] else ""
     out.print(f"{'  '.join(words) or 'done'}  after {len(result.metrics)} rounds{ended}")
+    if popular := [f"{name} {result.last(beside(name)):.4f}" for name in ranked if _has(result, beside(name))]:
+        out.print(f"MostPop {'  '.join(popular)}")
     out.print(f"run     {result.path}")
     out.print(f"report  {result.path / 'report' / 'index.html'}")
 

@@ -14,6 +14,7 @@ from fedsim.engines.engine import Engine
 from fedsim.flower.guest import is_flower
 from fedsim.foreign import Foreign, adopt
 from fedsim.model import Model
+from fedsim.ranking import popularity
 from fedsim.strategy import Strategy
 from fedsim.task import Sampler
 
@@ -118,6 +119,8 @@ def _supply(
     for name, column in COUNTED.items():
         if column in federation.names:
             context[name] = len(federation.names[column])
+    if "item" in federation.names:
+        context["popularity"] = popularity(federation)
     model = context["model"] = _made(recipes["model"], context, Model)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
     return context, Supplies(federation, model, clients)

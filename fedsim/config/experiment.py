@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsim.config.plugins import HOME, ConfigError, absolute, closest, shown
-from fedsim.config.recipe import COUNTED, describe, unfit
+from fedsim.config.recipe import COUNTED, NAMED, describe, unfit
 
 Table = dict[str, Any]
 SPLIT = {"use": "fedsim.data.federation:divide"}  # also where a table for it names nothing else
@@ -65,7 +65,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "split": ("fedsim.splits", ("dataset", "partition", "seed")),
     "model": ("fedsim.models", ("federation", *COUNTED, "seed")),
     "strategy": ("fedsim.strategies", ("federation", "model", *COUNTED, "num_clients", "seed")),
-    "clients": ("fedsim.clients", ("federation", "model", *COUNTED, "num_clients", "seed")),
+    "clients": ("fedsim.clients", ("federation", "model", *NAMED, "num_clients", "seed")),
     "sample": ("fedsim.samplers", ("federation", "num_clients", "seed")),
     "engine": ("fedsim.engines", ("federation", "clients", "seed")),
 }

@@ -20,6 +20,7 @@ from fedsim.ranges import limits
 
 # Filled in: how many values of which column have a name.
 COUNTED = {"num_classes": "y", "num_groups": "a", "num_items": "item"}
+NAMED = COUNTED | {"popularity": "item"}  # all that is filled in where this column's values have names
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: dict[Any, str] = {
     type(None): "nothing",
@@ -48,7 +49,7 @@ class Recipe(NamedTuple):
         }
         filled = {name: context[name] for name in self.given if name in context}
         if lacking := [name for name in self.needed if name not in context]:
-            data, column = context["federation"].name, COUNTED[lacking[0]]
+            data, column = context["federation"].name, NAMED[lacking[0]]
             raise ConfigError(
                 f"{self.where}: {self.use} needs {lacking[0]}, and {data} has no column {column} with names of its "
                 f"values: choose other data, or set {self.where}.{lacking[0]}"

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fedsim.ranking import is_ranking
 from fedsim.report import figures
 from fedsim.report.content import Section, Table
 from fedsim.report.formats import NONE, count, measure, several
@@ -15,7 +16,12 @@ _SHARES = (0, 0.1, 0.5, 0.9, 1)
 
 def over_clients(record: RunRecord) -> Section | None:
     """The spread of the last evaluation over clients, its worst and its best."""
-    left = {"client", "examples", *(name.removeprefix("clients/") for name in apart(record.metrics))}
+    left = {
+        "client",
+        "examples",
+        *_of_recommendation(record),
+        *(name.removeprefix("clients/") for name in apart(record.metrics)),
+    }
     columns = {n: v for n, v in record.clients.items() if n not in left and np.isfinite(v).any()}
     if not columns:
         return None
@@ -26,6 +32,12 @@ def over_clients(record: RunRecord) -> Section | None:
     note += f", {count(silent)} of them without a value." if silent else "."
     plots = figures.over_clients(record, name)
     return Section("Clients", note, plots=tuple(plots), tables=(_spread(columns), _extremes(record, name, columns)))
+
+
+def _of_recommendation(record: RunRecord) -> set[str]:
+    """The columns that its own section tells of: hits, which are 0 or 1, and by what users are put into groups."""
+    hits = {name for name in record.clients if is_ranking(name)}
+    return hits | {"activity", "popularity"} if hits else hits
 
 
 def _spread(columns: dict[str, Floats]) -> Table:

@@ -7,18 +7,21 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from fedsim.ranking import foremost
 from fedsim.report import markdown
 from fedsim.report.content import Table
 from fedsim.report.drawing import Plot, blank, legend, named, over_rounds, save, style, thin
 from fedsim.report.formats import NONE, amount, count, duration, measure, several
 from fedsim.report.measures import label, main, measured
-from fedsim.report.palette import SERIES
+from fedsim.report.palette import QUIET, SERIES
 from fedsim.report.reading import RunRecord, find_runs, read_run
+from fedsim.report.reference import mostpop
 from fedsim.report.rows import Curve, Row, average, by_file_name, grouped, separating, settings, summary, titles
 from fedsim.report.tradeoff import Bound, trade_off
 
 _SETTINGS = 6  # columns of settings in a table
 _CURVES = 16  # in a plot
+_QUIET_LINES = ("--", ":", "-.")  # of what is compared with
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class Comparison:
     curves: tuple[Curve, ...]  # of the first measure, for each experiment that has it
     repeated: tuple[Path, ...]  # left out, because a later run has the same experiment and seed
     against: tuple[str, ...] = ()  # measures that the first one is drawn against
+    references: tuple[Row, ...] = ()  # what nobody ran, to compare with: MostPop
 
 
 def compare(
@@ -68,7 +72,8 @@ def _compared(records: Sequence[RunRecord], against: Sequence[str] = ()) -> Comp
     first = separating([group[0].name for group in groups], tables, differing)
     differing.sort(key=lambda key: key not in first)
     names = main({name for group in groups for record in group for name in measured(record)})
-    measures = [name for name in ("test/accuracy", "clients/accuracy") if name in names] or names[:2]
+    measures: list[str] = [name for name in ("test/accuracy", "clients/accuracy") if name in names]
+    measures = measures or foremost(names) or names[:2]
     asked = against or [name for record in records for name in record.experiment.get("against", ())]
     others = tuple(dict.fromkeys(asked))
     measures += [name for name in others if name not in measures]
@@ -79,9 +84,10 @@ def _compared(records: Sequence[RunRecord], against: Sequence[str] = ()) -> Comp
     curves = tuple(
         average(name, group, measures[0]) for name, group in zip(titles(rows), groups, strict=True) if measures
     )
+    references = mostpop(groups, tables, differing, measures)
     columns = (*measures, *(("best",) if measures else ()), "rounds", "seconds", "bytes")
     curves = tuple(curve for curve in curves if len(curve.rounds))
-    return Comparison(rows, tuple(differing), columns, curves, tuple(repeated), others)
+    return Comparison(rows, tuple(differing), columns, curves, tuple(repeated), others, references)
 
 
 def as_table(comparison: Comparison) -> Table:
@@ -96,7 +102,7 @@ def as_table(comparison: Comparison) -> Table:
             *(_cell(column, row) for column in comparison.columns),
             f"n={row.n}",
         )
-        for row in comparison.rows
+        for row in (*comparison.rows, *comparison.references)
     )
     return Table("", header, rows, " ".join(_notes(comparison)), words=tuple(range(1 + len(shown))))
 
@@ -122,6 +128,10 @@ def draw(comparison: Comparison, folder: Path, bound: Bound | None = None) -> li
         figure.set_figwidth(7.5)
         for place, curve in enumerate(comparison.curves[:_CURVES]):
             _draw(axes, curve, SERIES[place % len(SERIES)], "-" if place < len(SERIES) else "--")
+        for place, row in enumerate(comparison.references):
+            if (value := row.values.get(comparison.columns[0])) is not None:
+                text = named(titles(comparison.references)[place])
+                axes.axhline(value.mean, color=QUIET, linewidth=1.2, linestyle=_QUIET_LINES[place % 3], label=text)
         ends = [rounds[end] for _, rounds, *_ in comparison.curves[:_CURVES] for end in (0, -1)]
         over_rounds(axes, int(min(ends)), int(max(ends)))
         legend(figure, axes)

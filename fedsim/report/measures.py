@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedsim.ranking import is_ranking
 from fedsim.report.reading import RunRecord
 
 _ROUND = ("round", "seconds", "clients", "failed", "bytes_down", "bytes_up", "converged")
@@ -38,9 +39,15 @@ def measured(record: RunRecord) -> list[str]:
 
 
 def curved(record: RunRecord) -> list[str]:
-    """Those of them that are drawn one by one: all but how far groups are apart, which has a section of its own."""
+    """Those that are drawn one by one: all but how far groups are apart, and recommendations, which have a section."""
     elsewhere = apart(record.metrics)
-    return [name for name in measured(record) if name not in elsewhere]
+    return [name for name in measured(record) if name not in elsewhere and not _recommends(name)]
+
+
+def _recommends(name: str) -> bool:
+    """Whether it is a measure of recommendation, or how one is spread over users: "clients/hr_10/min"."""
+    group, _, leaf = name.partition("/")
+    return group == "clients" and is_ranking(leaf.partition("/")[0])
 
 
 def notions(names: Collection[str]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from fedsim.report.fairness import fairness, gaps
 from fedsim.report.formats import NONE, amount, count, duration, measure, several
 from fedsim.report.measures import curved, label, main, outcome, total
 from fedsim.report.reading import RunRecord
+from fedsim.report.recommendation import recommendation, recommendations
 from fedsim.report.scores import scores
 
 _FACTS = 6  # measures in the headline
@@ -21,6 +22,7 @@ def sections(record: RunRecord) -> list[Section]:
     """The sections of a run's report; those that have nothing to tell are left out."""
     found = [
         curves(record),
+        recommendation(record),
         fairness(record),
         scores(record),
         over_clients(record),
@@ -53,7 +55,7 @@ def headline(record: RunRecord) -> list[Fact]:
         if found is not None:
             best = f"best {measure(found.best)}, round {count(found.best_round or 0)}" if found.best is not None else ""
             facts.append(Fact(label(name), measure(found.last), best))
-    facts += gaps(record)
+    facts += [*recommendations(record), *gaps(record)]
     done, asked = len(record.rounds), record.rounds_asked
     some = f"of {count(asked)} asked for" if asked is not None and asked != done else ""
     if some and not record.unfinished:
@@ -91,7 +93,7 @@ def _costs(record: RunRecord) -> list[Fact]:
 
 
 def curves(record: RunRecord) -> Section | None:
-    """Every metric over rounds, and where it began and ended; fairness has a section of its own."""
+    """Every metric over rounds, and where it began and ended; fairness and recommendation have their own sections."""
     names = curved(record)
     if not names:
         return None

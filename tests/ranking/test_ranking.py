@@ -171,7 +171,7 @@ def test_an_experiment_of_it_runs_by_name_and_its_report_tells_the_measures(tmp_
     result = fedsim.run("mostpop/latent-factors", root=tmp_path)
     assert result.last("clients/hr_10") == pytest.approx(0.29)
     assert result.last("clients/full_hr_10") < 0.15
-    assert "hr_10" in (result.path / "report" / "summary.md").read_text()
+    assert "HR@10: **0.290** (MostPop 0.290)" in (result.path / "report" / "summary.md").read_text()
 
 
 def test_users_without_anything_held_out_are_not_counted(ratings):
