@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("population", "memory", "packing", "systems")
+BENCHMARKS = ("population", "memory", "packing", "recommendation", "catalogue", "systems")
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ from strategies.fedavg import FedAvg
 from strategies.fedfact import FedFact
 from strategies.fedfact_post import FedFactPost
 from strategies.fedopt import FedOpt
+from strategies.fedrecgel import FedRecGel
 from strategies.fusion import Fusion
 from strategies.qfedavg import QFedAvg
 from strategies.scaffold import Scaffold
@@ -99,6 +100,7 @@ SHIPPED = {
     "fairfed": Case(
         FairFed(3, N), lambda model: ReweightedSgd(model=model, num_classes=3, num_groups=2, lr=0.1, batch_size=8)
     ),
+    "fedrecgel": Case(FedRecGel(lr=0.1)),  # to which what is sent is a gradient
     "distillation": Case(Distillation(LIKE, PROBE, steps=5, lr=0.01, batch_size=8)),
     "fusion": Case(Fusion(LIKE)),
     "wassffed": Case(WassFFed(3, 2)),  # the rounds of its warm-up
@@ -147,10 +149,13 @@ class Setting(NamedTuple):
         return ArrayRecord(self.model.module.state_dict())
 
     def loop(self, strategy, number=3, sample=None, min_replies=1):
-        """The rounds of our own loop."""
+        """The rounds of our own loop, with a copy of each state, which the next may be written over."""
         first = begin(strategy, self.model.params, self.clients, N, SEED)
         steps = rounds(strategy, self.engine, sample or everyone(N), first, min_replies)
-        return list(islice(steps, number))
+        return [
+            step._replace(snapshot=step.snapshot._replace(state=tree.clone(step.snapshot.state)))
+            for step in islice(steps, number)
+        ]
 
 
 @pytest.fixture
