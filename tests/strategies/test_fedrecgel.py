@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, Message
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from clients.fedrecgel import OWN, DualSam
@@ -15,6 +16,9 @@ from fedsim.data.partition import by_column
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.engines.sequential import prepare
 from fedsim.evaluation import evaluate
+from fedsim.flower import ClientNodes, SimulationGrid
+from fedsim.flower.codec import decode_reply
+from fedsim.personal import Personal
 from fedsim.ranking import RankItems, leave_one_out
 from fedsim.runs import Run
 from fedsim.sampling import everyone, uniform
@@ -199,3 +203,65 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
         resumed.save(step.snapshot, "all")
     for one, other in zip(whole.checkpoints()[2:], resumed.checkpoints(), strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+# However it is run.
+
+
+class Overheard(SimulationGrid):
+    """A loopback grid that keeps what came back."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.heard: list[list[Message]] = []
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        self.heard.append(replies)
+        return replies
+
+
+@pytest.mark.parametrize("engine", [Sequential, Vectorised])
+def test_through_flowers_grid_it_does_what_it_does_here_and_sends_rows_of_the_round_only(engine):
+    strategy, model, clients, here = method(engine=engine)
+    *_, last = steps(strategy, here, model, clients, 3)
+    grid = Overheard(ClientNodes(here, Personal(clients, 12, 3)), 12, 3)
+    result = strategy.start(grid=grid, initial_arrays=ArrayRecord(model.module.state_dict()), num_rounds=3)
+    found = {name: torch.from_numpy(array.numpy().copy()) for name, array in result.arrays.items()}
+    for name, leaf in last.snapshot.state["params"].items():
+        # Adam's steps are far from linear where gradients are small.
+        assert float((found[name] - leaf).abs().mean()) < 1e-4, name
+        assert float((found[name] - strategy.init(model.params)["params"][name]).abs().max()) > 1e-2, name
+    trained = [replies for replies in grid.heard if replies[0].metadata.message_type == "train"]
+    assert len(trained) == 3
+    answers = [decode_reply(message.content) for message in trained[0]]
+    for answer in answers:
+        assert answer.personal == {} and not any(OWN in name for name in tree.flatten(answer.update))
+        for name in ("item_gmf", "item_mlp"):
+            rows = answer.update["params"][name]
+            assert 0 < len(rows.index) < 90 and (rows.index >= 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # Ray's daemons, till the end
+@pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")  # theirs, too
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_on_any_number_of_workers_it_gives_the_bits_of_one_process(monkeypatch, noise):
+    import ray
+
+    from fedsim.engines.ray import Ray
+
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    strategy, model, clients, here = method(noise=noise, decoys=3)
+    *_, last = steps(strategy, here, model, clients, 3)
+    expected = tree.flatten(last.snapshot.state) | last.snapshot.personal.flat()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        for workers in (1, 2):
+            with Ray(here.federation, clients, 3, workers=workers, cpus=0.5, inner="vectorised") as engine:
+                *_, last = steps(strategy, engine, model, clients, 3)
+            found = tree.flatten(last.snapshot.state) | last.snapshot.personal.flat()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(leaf, found[name]) for name, leaf in expected.items())
+    finally:
+        ray.shutdown()
