@@ -19,8 +19,8 @@ compared:
 A row is all that stands at one index of a parameter's first axis: the weights of a neuron, a filter, an item's
 embedding. Biases, and all else with less than two axes, do not move: so it is in the authors' code.
 
-Differs from the papers: L is over all clients, and of one part of their examples, not of a batch; nothing is drawn
-but d. Dropout is off.
+Differs from the papers: L is over all clients and all examples of one part, not over a batch. Dropout is off. Losses
+are summed in float64, but computed in the type of theta: where rises are small, let that be float64 too.
 
     surface = Surface(auto(federation, losses(model)), Cohort(range(federation.num_clients)))
     ascent(surface, {"params": params}, [0.02, 0.05])
