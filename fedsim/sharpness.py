@@ -40,7 +40,7 @@ from fedsim.model import Model, gradient
 from fedsim.randomness import generator
 from fedsim.ranges import Count, Natural, checked
 from fedsim.task import Batch, Cohort, Params, Reduce, Replies, Reply, Task
-from fedsim.tree import Tree
+from fedsim.tree import Rows, Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,9 @@ class Surface:
         return float((weight[some] * replies.metrics["loss"][some].double()).sum() / weight.sum())
 
     def gradient(self, shared: Tree) -> Params:
-        """The gradient of L with respect to shared["params"]; raises as `loss`."""
+        """The gradient of L with respect to shared["params"], tables whole; raises as `loss`."""
         found: Params = self._ask("gradient", shared, "mean").update["params"]
-        return found
+        return tree.map(lambda leaf: leaf.dense() if isinstance(leaf, Rows) else leaf, found)
 
     def _ask(self, action: str, shared: Tree, reduce: Reduce) -> Replies:
         task = Task(action, shared, self.cohort.ids, self.round, reduce)
