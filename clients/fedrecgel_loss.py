@@ -2,7 +2,8 @@
 
 What `clients.fedrecgel:DualSam` descends with reduction "mean", without any climbing: the mean binary cross entropy of
 the user's items and of `negatives` drawn for each, at the shared parameters that it is sent and its own embedding,
-which stays as it is. Asked twice in the same round it draws the same; `fedsim.sharpness` asks in one round only.
+which stays as it is. An item that is there more than once is one row, whose loss counts as often. Asked twice in the
+same round it draws the same; `fedsim.sharpness` asks in one round only.
 """
 
 from dataclasses import dataclass
@@ -11,14 +12,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clients.fedrecgel import draw, first
+from clients.fedrecgel import ITEM, once
 from fedsim.client import Client
 from fedsim.model import Model, gradient
 from fedsim.ranges import Count, Natural
+from fedsim.ranking import draw_negatives
 from fedsim.task import Batch, Params, Reply
 from fedsim.tree import Rows, Tree
-
-ITEM = "item_"  # how the names of tables with a row for each item begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class UserLoss(Client):
     It reads the embedding "own" that `DualSam` keeps, and keeps nothing itself.
 
     Attributes:
-        model: scores items, such as `clients.fedrecgel:scorer` makes.
+        model: scores items, as `DualSam` has it.
         slope: whether the gradient is answered too.
         negatives: drawn for each item that the user has.
     """
@@ -41,25 +41,25 @@ class UserLoss(Client):
     @cached_property
     def num_items(self) -> int:
         """I."""
-        return next(len(leaf) for name, leaf in self.model.params.items() if name.startswith(ITEM))
+        return next(len(leaf) for name, leaf in self.model.module.named_parameters() if name.startswith(ITEM))
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
-        """Each of its items, followed by negatives; and the place where each item stands first."""
+        """The items of its loss, each once: its own and negatives; and what the loss of each counts."""
         has = examples["item"]
-        item = torch.cat([has[:, None], draw(has, self.negatives, self.num_items, rng)], 1)  # (n, 1 + negatives)
-        y = torch.zeros_like(item)
+        item = torch.cat([has[:, None], draw_negatives(has, self.negatives, self.num_items, rng)], 1)
+        y = torch.zeros_like(item)  # (n, 1 + negatives)
         y[:, 0] = 1
-        return {"item": item.flatten(), "y": y.flatten(), "first": first(item.flatten())}
+        weight = torch.ones(y.numel(), dtype=torch.float64) / y.numel()
+        return once({"item": item.flatten(), "y": y.flatten(), "weight": weight})
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The loss and its gradient, on all rows at once."""
-        mask = data["mask"]
-        touched = {n: leaf[data["item"]] if n.startswith(ITEM) else leaf for n, leaf in shared["params"].items()}
+        items, weight = data["item"], torch.where(data["mask"], data["weight"], 0.0)
+        touched = {n: leaf[items] if n.startswith(ITEM) else leaf for n, leaf in shared["params"].items()}
 
         def loss(params: Params) -> Tensor:
-            outputs = self.model.outputs(params | personal["own"], {"item": data["first"]})
-            losses = torch.where(mask, self.model.criterion(outputs, data["y"]), 0.0)
-            return losses.sum(dtype=torch.float64) / mask.sum().clamp(min=1)
+            outputs = self.model.outputs(params | personal["own"], {"item": torch.arange(len(items))})
+            return (weight * self.model.criterion(outputs, data["y"])).sum()
 
         if not self.slope:
             return {"loss": loss(touched)}
@@ -75,7 +75,7 @@ class UserLoss(Client):
         there = data["mask"].any().double()
         if not self.slope:
             return Reply({}, there, metrics={"loss": state["loss"]})
-        place = torch.where(data["mask"] & (data["first"] == torch.arange(len(data["first"]))), data["item"], -1)
+        place = torch.where(data["mask"], data["item"], -1)
         slope = {
             name: Rows(place, leaf, self.num_items) if name.startswith(ITEM) else leaf
             for name, leaf in state["slope"].items()

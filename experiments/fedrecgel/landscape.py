@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.fedrecgel import DualSam
-from clients.fedrecgel_loss import ITEM, user_losses
+from clients.fedrecgel import ITEM, DualSam
+from clients.fedrecgel_loss import user_losses
 from fedsim import tree
 from fedsim.config import assemble, read
 from fedsim.engines.local import auto
