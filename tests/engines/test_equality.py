@@ -13,6 +13,7 @@ import torch
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
 from clients.fedrecgel import OWN, DualSam
+from clients.fedrecgel_loss import UserLoss
 from clients.ncf import scorer
 from clients.penalty import PenalisedAdam
 from clients.prox import Prox
@@ -27,6 +28,7 @@ from fedsim.engines.local import Sequential, Vectorised
 from fedsim.evaluation import Evaluate
 from fedsim.model import Model
 from fedsim.personal import Personal
+from fedsim.sharpness import MeanLoss
 from fedsim.task import Cohort, Reply, Task
 
 SIZES = (0, 1, 7, 20, 33, 2, 33, 0, 16)
@@ -71,6 +73,14 @@ class Touching(Client):
         return Reply(update, mask.sum().double(), {"moved": moved}, {"moved": moved})
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithEmbedding(UserLoss):
+    """Begins with a user's embedding, where no DualSam has made one."""
+
+    def personal(self, rng):
+        return {"own": {name: leaf for name, leaf in self.model.params.items() if name.startswith(OWN)}}
+
+
 class Shipped(NamedTuple):
     """A client, and what it is sent besides the model's parameters."""
 
@@ -90,6 +100,10 @@ def carried(model):
     like = model.params["0.weight"]
     maps = torch.linspace(0, 1, 21, dtype=like.dtype).square().expand(2, 3, 21)
     return {"maps": maps, "alpha": like.new_tensor(0.4)}
+
+
+def shared_ncf(model):
+    return {"params": {name: leaf for name, leaf in ncf(model).params.items() if not name.startswith(OWN)}}
 
 
 def ncf(model):
@@ -122,9 +136,12 @@ SHIPPED = {
     ),
     "count scores": Shipped(lambda model: CountScores(model=model, num_groups=2, bins=21)),
     "penalty": Shipped(lambda model: PenalisedAdam(model, 2, lr=0.03, penalty=0.7, epochs=2, batch_size=8)),
-    "fedrecgel": Shipped(
-        lambda model: DualSam(model=ncf(model), lr=0.1, negatives=2, piece=16),
-        lambda model: {"params": {n: leaf for n, leaf in ncf(model).params.items() if not n.startswith(OWN)}},
+    "fedrecgel": Shipped(lambda model: DualSam(model=ncf(model), lr=0.1, negatives=2, piece=16), shared_ncf),
+    "loss": Shipped(lambda model: MeanLoss(model=model, batch_size=8)),
+    "loss and its slope": Shipped(lambda model: MeanLoss(model=model, slope=True, batch_size=8)),
+    "fedrecgel's loss": Shipped(lambda model: WithEmbedding(model=ncf(model), negatives=2), shared_ncf),
+    "fedrecgel's loss and its slope": Shipped(
+        lambda model: WithEmbedding(model=ncf(model), negatives=2, slope=True), shared_ncf
     ),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate with scores by group": Shipped(
