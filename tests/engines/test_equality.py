@@ -12,6 +12,7 @@ import torch
 
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
+from clients.fedmf import factors
 from clients.fedrecgel import OWN, DualSam
 from clients.fedrecgel_loss import UserLoss
 from clients.ncf import scorer
@@ -112,6 +113,12 @@ def ncf(model):
     return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
 
 
+def mf(model):
+    """Matrix factorisation of the same type, for more items than there are."""
+    small = factors(60, dim=4, spread=0.3)
+    return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -142,6 +149,10 @@ SHIPPED = {
     "fedrecgel's loss": Shipped(lambda model: WithEmbedding(model=ncf(model), negatives=2), shared_ncf),
     "fedrecgel's loss and its slope": Shipped(
         lambda model: WithEmbedding(model=ncf(model), negatives=2, slope=True), shared_ncf
+    ),
+    "fedmf": Shipped(
+        lambda model: DualSam(model=mf(model), lr=0.5, rho_shared=0, rho_own=0, rule="sgd", negatives=2),
+        lambda model: {"params": {"item_factors": mf(model).params["item_factors"]}},
     ),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate with scores by group": Shipped(
