@@ -101,23 +101,20 @@ class DualPersonal(Client):
         return {"own": own, "item": item, "score": self.model.params[TABLE].new_zeros(size)}
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
-        """Each of its items followed by negatives; "touched" are the different ones of them in ascending order.
-
-        There are at most as many as rows, so the column is filled up with I. "place" is where a row's item stands there.
+        """Each of its items followed by negatives: "y", and where the items stand, as `placed` has it.
 
         Raises:
-            ValueError: there are more of them than scores can be kept.
+            ValueError: there are more different ones of them than scores can be kept.
         """
         has = examples["item"]
         item = torch.cat([has[:, None], draw(has, self.negatives, self.num_items, rng)], 1)
         y = torch.zeros_like(item)
         y[:, 0] = 1
-        found, place = torch.unique(item.flatten(), return_inverse=True)
-        if self.capacity is not None and len(found) > self.capacity:
-            raise ValueError(f"capacity = {self.capacity}: a user's round has {len(found)} different items")
-        touched = torch.full((item.numel(),), self.num_items)
-        touched[: len(found)] = found
-        return {"y": y.flatten(), "place": place, "touched": touched}
+        columns = {"y": y.flatten()} | placed(item.flatten(), self.num_items)
+        different = int((columns["touched"] < self.num_items).sum())
+        if self.capacity is not None and different > self.capacity:
+            raise ValueError(f"capacity = {self.capacity}: a user's round has {different} different items")
+        return columns
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The user's score layer, and the server's rows of the round's items."""
@@ -146,17 +143,27 @@ class DualPersonal(Client):
         """How far the rows went, and the mean loss met on the way; the score layer and the scores stay here."""
         touched, size = self._touched(data), self.capacity or self.num_items
         before = shared["params"][TABLE][touched.clamp(max=self.num_items - 1)]
-        change = Rows(torch.where(touched < self.num_items, touched, -1), state["rows"] - before, self.num_items)
+        real = touched < self.num_items
+        change = Rows(torch.where(real, touched, -1), state["rows"] - before, self.num_items)
         logits = self.model.predict(state["own"] | {TABLE: state["rows"]}, {"item": torch.arange(len(touched))})
         padding = max(0, size - len(touched))
         kept = {
             "own": state["own"],
             "item": nn.functional.pad(touched[:size], (0, padding), value=self.num_items),
-            "score": nn.functional.pad(logits[:size], (0, padding)),
+            "score": nn.functional.pad(torch.where(real, logits, 0)[:size], (0, padding)),
         }
         examples = data["mask"].sum()
         loss = state["loss"] / (examples * self.epochs).clamp(min=1)
         return Reply({"change": {TABLE: change}}, (examples > 0).double(), kept, {"loss": loss})
+
+
+def placed(items: Tensor, num_items: int) -> Batch:
+    """The different items in ascending order, "touched", and where each of the items (n,) stands there, "place".
+
+    Both are (n,), because columns of examples are of one length: "touched" is filled up with I.
+    """
+    found, place = torch.unique(items, return_inverse=True)
+    return {"place": place, "touched": nn.functional.pad(found, (0, len(items) - len(found)), value=num_items)}
 
 
 @dataclass(frozen=True)
@@ -168,5 +175,7 @@ class OwnScores(Scorer):
     def __call__(self, shared: Tree, personal: Tree, items: Tensor) -> Tensor:
         """The logits (n,) of items (n,)."""
         scores = self.model.predict(shared["params"] | personal["own"], {"item": items})
-        place = torch.searchsorted(personal["item"], items).clamp(max=len(personal["item"]) - 1)
-        return torch.where(personal["item"][place] == items, personal["score"][place], scores)
+        touched = personal["item"]
+        place = torch.zeros(len(shared["params"][TABLE]) + 1, dtype=torch.int64)  # one more, for what only fills up
+        place = place.scatter(0, touched, torch.arange(len(touched)))[items]
+        return torch.where(touched[place] == items, personal["score"][place], scores)

@@ -14,6 +14,8 @@ from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
 from clients.fedrecgel import OWN, DualSam, scorer
 from clients.penalty import PenalisedAdam
+from clients.pfedrec import TABLE, DualPersonal
+from clients.pfedrec import scorer as layer
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
 from clients.scaffold import ControlledSgd
@@ -96,6 +98,12 @@ def ncf(model):
     return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
 
 
+def score_layer(model):
+    """A smaller one, of the same type."""
+    small = layer(60, dim=4)
+    return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -119,6 +127,12 @@ SHIPPED = {
     "fedrecgel": Shipped(
         lambda model: DualSam(model=ncf(model), lr=0.1, negatives=2, piece=16),
         lambda model: {"params": {n: leaf for n, leaf in ncf(model).params.items() if not n.startswith(OWN)}},
+    ),
+    "pfedrec": Shipped(
+        lambda model: DualPersonal(
+            model=score_layer(model), lr=0.1, lr_eta=0.5, negatives=2, capacity=59, epochs=2, batch_size=16
+        ),
+        lambda model: {"params": {TABLE: score_layer(model).params[TABLE]}},
     ),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate with scores by group": Shipped(
