@@ -77,6 +77,22 @@ def by_hand(engine, number):
     return server, layers, tables
 
 
+@pytest.mark.slow
+def test_it_learns_tastes_that_popularity_does_not_know():
+    data = latent_factor_ratings()
+    federation = leave_one_out(data, by_column(data.columns, column="user"), validation=False)
+    model = scorer(400)
+    clients = {
+        "train": DualPersonal(model=model, lr=0.1, lr_eta=80),
+        "evaluate": RankItems(scorer=OwnScores(model)),
+    }
+    engine = Vectorised(federation, clients, 0)
+    snapshot = after(PFedRec(), engine, model, clients, 80)
+    cohort = Cohort(range(300), snapshot.personal.gather(range(300)))
+    own = evaluate(engine, PFedRec().shared(snapshot.state), cohort, 80).pooled["hr_10"]
+    assert own >= 0.29 + 0.2, "popularity's is 0.29"
+
+
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
 def test_three_rounds_are_those_of_whole_tables_and_users_are_evaluated_with_their_own(engine):
     strategy, model, clients, here = method(engine)
