@@ -15,6 +15,9 @@ entropy,
 Q_u begins as Q; what is sent is Q_u - Q, of the items of the round, for it is zero elsewhere. The user's scores are by
 its own Q_u: of the items of the round it keeps the scores, one number each, and the others' rows are the server's.
 
+Which rows it sends tells which items it has or drew; and as a mini-batch moves every row by a multiple of w_u, the rows
+tell of it too: after a single one, w_u but for its length.
+
 The step on Q is that large because L is a mean over all rows, of which few are of one item, and the server then takes
 the mean over users, of whom few have touched it.
 

@@ -269,3 +269,12 @@ def test_a_learning_rate_must_be_more_than_zero():
     for name in ("lr", "lr_eta"):
         with pytest.raises(ValueError, match=f"{name} must be > 0, got 0"):
             users(**{name: 0})
+
+
+def test_after_one_mini_batch_every_row_that_is_sent_is_a_multiple_of_the_users_weights():
+    _, federation, client = users(sizes=(9,), batch_size=256, lr_eta=80)
+    replies = answer(Sequential(federation, {"train": client}))
+    rows, weight = replies.update["change"][TABLE].values[0], replies.personal["own"]["user_score.weight"][0, 0]
+    assert float(rows.abs().max()) > 0.1
+    along = (rows @ weight / weight.square().sum())[:, None] * weight
+    torch.testing.assert_close(rows, along, rtol=0, atol=1e-12)
