@@ -26,6 +26,11 @@ class Rows:
         table = values.new_zeros((self.size, *values.shape[1:]))
         return table.index_add_(0, index[kept], values[kept])
 
+    def added(self, table: Tensor) -> Tensor:
+        """The table (size, ...) with these rows added to it."""
+        kept = self.index >= 0
+        return table.index_add(0, self.index[kept], self.values[kept].to(table.dtype))
+
     def merged(self) -> "Rows":
         """The same, each row once and in order, without padding; for stacked rows the sum over clients."""
         index = self.index.flatten()

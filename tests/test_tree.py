@@ -316,3 +316,15 @@ def test_bytes_are_those_of_the_numbers_and_padding_does_not_travel():
     assert tree.count_bytes([rows]) == 3 * (8 + 5 * 4)
     alone = Rows(torch.tensor([0, 3]), torch.zeros(2), 100)
     assert tree.count_bytes([alone]) == 2 * (8 + 4)
+
+
+def test_rows_merged_added_or_put_together_are_the_tables_that_they_stand_for():
+    torch.manual_seed(0)
+    one, other = ragged_rows()[:2]
+    table = torch.randn(one.size, *one.values.shape[1:], dtype=one.values.dtype)
+    assert torch.allclose(one.added(table), table + one.dense(), rtol=1e-14)
+    assert torch.allclose(one.merged().dense(), one.dense(), rtol=1e-14)
+    assert one.merged().index.tolist() == sorted({row for row in one.index.tolist() if row >= 0})
+    both = one.merged().plus(other.merged(), 2, 0.5)
+    assert torch.allclose(both.dense(), 2 * one.dense() + 0.5 * other.dense(), rtol=1e-14)
+    assert both.index.tolist() == sorted({row for row in [*one.index.tolist(), *other.index.tolist()] if row >= 0})

@@ -17,6 +17,8 @@ from clients.fedrecgel import OWN, DualSam
 from clients.fedrecgel_loss import UserLoss
 from clients.ncf import scorer
 from clients.penalty import PenalisedAdam
+from clients.pfedrec import TABLE, DualPersonal
+from clients.pfedrec import scorer as layer
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
 from clients.sam import Sam
@@ -119,6 +121,12 @@ def mf(model):
     return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
 
 
+def score_layer(model):
+    """A smaller one, of the same type."""
+    small = layer(60, dim=4)
+    return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -153,6 +161,12 @@ SHIPPED = {
     "fedmf": Shipped(
         lambda model: DualSam(model=mf(model), lr=0.5, rho_shared=0, rho_own=0, rule="sgd", negatives=2),
         lambda model: {"params": {"item_factors": mf(model).params["item_factors"]}},
+    ),
+    "pfedrec": Shipped(
+        lambda model: DualPersonal(
+            model=score_layer(model), lr=0.1, lr_eta=0.5, negatives=2, capacity=59, epochs=2, batch_size=16
+        ),
+        lambda model: {"params": {TABLE: score_layer(model).params[TABLE]}},
     ),
     "evaluate": Shipped(lambda model: Evaluate(model=model, num_classes=3, part="train", batch_size=8)),
     "evaluate with scores by group": Shipped(
