@@ -51,6 +51,17 @@ def test_its_client_keeps_the_promises(folder):
         check_client(clipped(model, bound=float("nan")), {"params": model.params}, ragged({"x": x, "y": y}))
 
 
+def test_ratings_of_ones_own_are_recommended_from(folder):
+    generator = torch.Generator().manual_seed(0)
+    users = [torch.randperm(150, generator=generator)[:12].tolist() for _ in range(10)]
+    lines = [f"u{user}::{item}::4::{time}" for user, items in enumerate(users) for time, item in enumerate(items)]
+    (folder / "ratings.dat").write_text("\n".join(lines))
+    recommender = next(block for block in blocks("toml") if "ratings.dat" in block)
+    (folder / "ratings.toml").write_text('name = "own"\nrounds = 2\n' + recommender)
+    result = fedsim.run("ratings.toml")
+    assert result.last("clients/full_hr_10") <= 1 and 0 <= result.last("clients/mostpop_hr_10") <= 1
+
+
 def test_the_first_experiment_and_the_call_from_python_run(folder):
     first = fedsim.run("first.toml", changes=["rounds=2"])
     assert [line["round"] for line in first.metrics] == [1, 2] and first.last("clients/accuracy") > 0
