@@ -53,7 +53,7 @@ def test_its_client_keeps_the_promises(folder):
 
 def test_ratings_of_ones_own_are_recommended_from(folder):
     generator = torch.Generator().manual_seed(0)
-    users = [torch.randperm(150, generator=generator)[:12].tolist() for _ in range(10)]
+    users = [torch.randperm(400, generator=generator)[:20].tolist() for _ in range(15)]
     lines = [f"u{user}::{item}::4::{time}" for user, items in enumerate(users) for time, item in enumerate(items)]
     (folder / "ratings.dat").write_text("\n".join(lines))
     recommender = next(block for block in blocks("toml") if "ratings.dat" in block)
