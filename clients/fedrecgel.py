@@ -20,12 +20,12 @@ What that gives away. The rows that a user sends tell which items it has or drew
   Xie, "FedGNN", 2021, https://arxiv.org/abs/2102.04925). Their gradient is zero, which everybody sees who sees the
   values: without noise they hide nothing from the server, only from one who sees which rows are sent, and not what is
   in them. Over many rounds a user's items come again and decoys do not, so that too wears off.
-- `noise` adds to each number that is sent a Gaussian one with this standard deviation. With `clip`, the Euclidean
-  norm of all that is sent is at most that before: one round is then (epsilon, delta)-differentially private as to the
-  *values*, for epsilon < 1 with noise = clip sqrt(8 ln(1.25 / delta)) / epsilon (Dwork, Roth, "The Algorithmic
-  Foundations of Differential Privacy", 2014, appendix A: two users' values differ by 2 clip at most); T rounds cost
-  more. *Which* rows are sent is not covered by this; only rows of all items would hide it. The loss that is reported
-  is of the plain model and has no noise.
+- `noise` adds to each number of the gradient a Gaussian one with this standard deviation; no loss is reported then.
+  With `clip`, the Euclidean norm of the whole gradient is at most that before. *Given which rows are sent*, the
+  gradient of one round is then (epsilon, delta)-differentially private for epsilon < 1 if noise is at least
+  clip sqrt(8 ln(1.25 / delta)) / epsilon (Dwork, Roth, "The Algorithmic Foundations of Differential Privacy", 2014,
+  appendix A; two gradients differ by 2 clip at most); T rounds cost more. Which rows are sent, and how many, is not
+  covered: it gives away which items a user may have, with decoys among them or not.
 
 Symbols: `rho_shared` and `rho_own` are rho_sh and rho_ns, `lr` is the user's; its Adam's state stays here.
 
@@ -70,9 +70,10 @@ class DualSam(Client):
         reduction: how rows become a loss.
         piece: rows that are averaged, for "ref".
         rule: how a user moves its embedding.
+        spread: standard deviation of the user's parameters at first.
         decoys: how many rows of other items it sends as well.
-        clip: the largest norm of what it sends; None: any.
-        noise: standard deviation of what is added to each number that it sends.
+        clip: the largest norm of the gradient that it sends; None: any.
+        noise: standard deviation of what is added to each number of it.
     """
 
     model: Model
@@ -83,15 +84,15 @@ class DualSam(Client):
     reduction: Literal["ref", "mean"] = "ref"
     piece: Count = 128
     rule: Literal["adam", "sgd"] = "adam"
+    spread: NonNegative = SPREAD
     decoys: Natural = 0
     clip: Positive | None = None
     noise: NonNegative = 0.0
     batch_size: Count = 2**30  # its one step does nothing
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether it adds noise."""
-        return self.noise > 0 or self.model.stochastic
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        table_size(self.model)  # raises
 
     @cached_property
     def optimiser(self) -> Optimiser:
@@ -101,7 +102,7 @@ class DualSam(Client):
     @cached_property
     def num_items(self) -> int:
         """I."""
-        return next(len(leaf) for name, leaf in self.model.module.named_parameters() if name.startswith(ITEM))
+        return table_size(self.model)
 
     def memory(self, shared: Tree, examples: int) -> int:
         """What a user's rows take up: of tables their own, not all."""
@@ -115,7 +116,7 @@ class DualSam(Client):
     def personal(self, rng: torch.Generator) -> Tree:
         """The user's embedding, drawn anew for each, and its optimiser at rest."""
         own = {
-            name: SPREAD * torch.randn(leaf.shape, generator=rng, dtype=torch.float64).to(leaf.dtype)
+            name: self.spread * torch.randn(leaf.shape, generator=rng, dtype=torch.float64).to(leaf.dtype)
             for name, leaf in self.model.module.named_parameters()
             if name.startswith(OWN)
         }
@@ -130,12 +131,20 @@ class DualSam(Client):
         y[:, 0] = 1
         weight = self._weights(y.numel())
         rows = once({"item": torch.cat([has[:, None], drawn], 1).flatten(), "y": y.flatten(), "weight": weight})
-        if not self.decoys:
-            return rows
-        others = draw_others(rows["item"], 1, self.decoys, self.num_items, rng)[0]
-        longer = {name: torch.cat([leaf, leaf.new_zeros(self.decoys)]) for name, leaf in rows.items()}
-        longer["item"][-self.decoys :] = others
-        return once(longer)  # in order, or their place would tell which they are
+        if self.decoys:
+            others = self._decoys(rows["item"], rng)
+            longer = {name: torch.cat([leaf, leaf.new_zeros(self.decoys)]) for name, leaf in rows.items()}
+            longer["item"][-self.decoys :] = others
+            rows = once(longer)  # in order, or their place would tell which they are
+        if self.noise:  # by a seed of the user's, so that it is the same whoever runs beside
+            rows["seed"] = torch.randint(2**62, (1,), generator=rng).expand(len(rows["item"]))
+        return rows
+
+    def _decoys(self, items: Tensor, rng: torch.Generator) -> Tensor:
+        """Other items than those of the round."""
+        if (left := self.num_items - len(items)) < self.decoys:
+            raise ValueError(f"decoys = {self.decoys}: only {left} of {self.num_items} items are not in a user's round")
+        return draw_others(items, 1, self.decoys, self.num_items, rng)[0]
 
     def _weights(self, rows: int) -> Tensor:
         """What each row's loss counts, (R,)."""
@@ -158,8 +167,9 @@ class DualSam(Client):
         tables = {
             name: Rows(place, leaf, self.num_items) for name, leaf in state["sent"].items() if name.startswith(ITEM)
         }
-        there = data["mask"].any(-1).double()
-        return Reply({"params": state["sent"] | tables}, there, state["kept"], {"loss": state["loss"]})
+        there = (data["mask"] & (data["weight"] > 0)).any(-1).double()
+        metrics = {} if self.noise else {"loss": state["loss"]}  # which would tell what noise hides
+        return Reply({"params": state["sent"] | tables}, there, state["kept"], metrics)
 
     def run_cohort(self, shared: Tree, personal: Tree, data: Batch, rows: Tensor) -> Reply:
         """All users at once, of the tables with their own rows only."""
@@ -188,15 +198,41 @@ class DualSam(Client):
                 moved = at | {block: climbed(at[block], slope[block], radius)}
                 slope = slope | slopes(losses, moved, (block,))[1]
         own, rest = vmap(self.optimiser.update)(slope["own"], personal["optimiser"], personal["own"])
-        sent = {"sent": self._hidden(slope["shared"]), "loss": value.double()}
+        sent = {"sent": self._hidden(slope["shared"], data), "loss": value.double()}
         return sent | {"kept": {"own": own, "optimiser": rest}}
 
-    def _hidden(self, sent: Params) -> Params:
+    def _hidden(self, sent: Params, data: Batch) -> Params:
         """What is sent, clipped and with noise."""
         if self.clip is not None:
             factor = (self.clip / norms(sent)).clamp(max=1)
             sent = tree.map(lambda leaf: along(factor, leaf) * leaf, sent)
-        return tree.map(lambda leaf: leaf + self.noise * torch.randn_like(leaf), sent) if self.noise else sent
+        if not self.noise or not data["mask"].shape[1]:
+            return sent
+        noise = tree.map(torch.zeros_like, sent)
+        for user, (seed, size) in enumerate(
+            zip(data["seed"][:, 0].tolist(), data["mask"].sum(1).tolist(), strict=True)
+        ):
+            rng = torch.Generator("cpu").manual_seed(seed)
+            for name, leaf in noise.items():
+                own = leaf[user, :size] if name.startswith(ITEM) else leaf[user]
+                own.copy_(self.noise * torch.randn(own.shape, generator=rng, dtype=torch.float64, device="cpu"))
+        return tree.map(torch.add, sent, noise)
+
+
+def table_size(model: Model) -> int:
+    """I, of a model with tables of items.
+
+    Raises:
+        ValueError: it has none.
+    """
+    parameters = dict(model.module.named_parameters())
+    sizes = {len(leaf) for name, leaf in parameters.items() if name.startswith(ITEM)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"model: a recommender's model must have tables of one length whose names begin with {ITEM!r}, "
+            f"it has {', '.join(parameters) or 'no parameters'}"
+        )
+    return sizes.pop()
 
 
 def slopes(losses: Callable[[Tree], Tensor], at: Tree, blocks: tuple[str, ...]) -> tuple[Tensor, Tree]:

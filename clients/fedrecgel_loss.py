@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clients.fedrecgel import ITEM, once
+from clients.fedrecgel import ITEM, once, table_size
 from fedsim.client import Client
 from fedsim.model import Model, gradient
 from fedsim.ranges import Count, Natural
@@ -41,7 +41,7 @@ class UserLoss(Client):
     @cached_property
     def num_items(self) -> int:
         """I."""
-        return next(len(leaf) for name, leaf in self.model.module.named_parameters() if name.startswith(ITEM))
+        return table_size(self.model)
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
         """The items of its loss, each once: its own and negatives; and what the loss of each counts."""
@@ -58,7 +58,7 @@ class UserLoss(Client):
         touched = {n: leaf[items] if n.startswith(ITEM) else leaf for n, leaf in shared["params"].items()}
 
         def loss(params: Params) -> Tensor:
-            outputs = self.model.outputs(params | personal["own"], {"item": torch.arange(len(items))})
+            outputs = self.model.predict(params | personal["own"], {"item": torch.arange(len(items))})
             return (weight * self.model.criterion(outputs, data["y"])).sum()
 
         if not self.slope:

@@ -90,12 +90,17 @@ class DualPersonal(Client):
     @cached_property
     def num_items(self) -> int:
         """I."""
-        return len(self.model.params[TABLE])
+        return len(self.model.module.get_parameter(TABLE))
 
     @cached_property
     def layer(self) -> Optimiser:
         """The rule of a step of the score layer."""
         return sgd(self.lr)
+
+    def memory(self, shared: Tree, examples: int) -> int:
+        """What the rows of a user's round take up: before and after, their gradients and those of a mini-batch."""
+        rows = examples * (1 + self.negatives)
+        return int(4 * (6 * rows * shared["params"][TABLE].shape[1] + 2 * (self.capacity or self.num_items)))
 
     def personal(self, rng: torch.Generator) -> Tree:
         """The score layer, at first the same for all users; and no item's score."""

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,17 @@ import numpy as np
 
 def replace(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment either the old or the new one is there, whole."""
+    replace_by(path, lambda temporary: temporary.write_bytes(content))
+
+
+def replace_by(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for what `write` writes into the path that it is given."""
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
+    with temporary.open("wb"):  # with the rights that a file gets here, which another program may change
+        rights = temporary.stat().st_mode
+    write(temporary)
+    temporary.chmod(rights)
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 

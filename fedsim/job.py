@@ -85,7 +85,7 @@ def _begin(job: Job, directory: Run, resuming: bool) -> Snapshot:
     """The snapshot to go on from; what was written down after it is taken back."""
     parts, plan = job.assembly, job.plan
     snapshot = begin(parts.strategy, parts.model.params, parts.clients, parts.federation.num_clients, plan.seed)
-    if parts.strategy.overwrites:  # as its tables are too large to be there twice
+    if parts.strategy.overwrites:  # its state has a copy of the model, which may be large
         parts.model.release()
     if not resuming:
         return snapshot

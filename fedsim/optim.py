@@ -84,8 +84,18 @@ def overwrite(optimiser: Optimiser, gradient: Tree, state: Tree, params: Params)
     Gives the state back, and how far each parameter was moved (the Euclidean distance).
 
     The numbers are those of `optimiser.update`, to the bit, for a rule that treats each number by itself, as those here
-    do. The gradient of a table may be `Rows`, each of them once and in order; the others' is zero.
+    do. The gradient of a table may be merged `Rows`: each of them once and in order; the others' is zero.
+
+    Raises:
+        ValueError: rows are not merged, or are none of the table's. Nothing is written then.
     """
+    for name, leaf in gradient.items():
+        if isinstance(leaf, Rows) and (
+            leaf.size != len(params[name])
+            or (len(leaf.index) and not (int(leaf.index[0]) >= 0 and int(leaf.index[-1]) < leaf.size))
+            or not (leaf.index.diff() > 0).all()
+        ):
+            raise ValueError(f"{name}: the rows of a gradient must be merged, and of {len(params[name])} there are")
     scalars = {name: leaf for name, leaf in state.items() if not isinstance(leaf, dict)}
     tables = {name: branch for name, branch in state.items() if isinstance(branch, dict)}
     after, distance = scalars, {}

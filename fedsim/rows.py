@@ -32,9 +32,12 @@ class Rows:
         return table.index_add(0, self.index[kept], self.values[kept].to(table.dtype))
 
     def merged(self) -> "Rows":
-        """The same, each row once and in order, without padding; for stacked rows the sum over clients."""
-        index = self.index.flatten()
-        values = self.values.flatten(0, self.index.ndim - 1)
+        """The same, each row once and in order, without padding; for stacked rows the sum over clients.
+
+        It is on the CPU, which adds in a fixed order, as a GPU does not.
+        """
+        index = self.index.flatten().cpu()
+        values = self.values.flatten(0, self.index.ndim - 1).cpu()
         kept = index >= 0
         if not kept.all():
             index, values = index[kept], values[kept]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fedsim import tree
 from fedsim.evaluation import Evaluation
-from fedsim.files import append, as_csv, read_lines, replace
+from fedsim.files import append, as_csv, read_lines, replace, replace_by
 from fedsim.simulation import Snapshot
 from fedsim.task import Metrics, Params
 
@@ -142,14 +144,15 @@ class Run:
         """Writes a checkpoint, then removes older ones as `prune` does."""
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
+        for half in folder.glob(".tmp*"):  # what safetensors was writing when a process was killed
+            half.unlink()
         path = folder / f"round-{snapshot.round:06d}.safetensors"
         flat = {f"state/{name}": leaf for name, leaf in tree.flatten(snapshot.state).items()}
         flat |= {f"personal/{name}": leaf for name, leaf in snapshot.personal.flat().items()}
-        # Copies, because safetensors refuses tensors that share memory, as two optimiser moments at rest may.
-        flat = {name: leaf.detach().clone().contiguous() for name, leaf in flat.items()}
+        flat = _apart(flat)
         # One entry, because safetensors writes several in any order: the same snapshot shall give the same bytes.
         told = json.dumps({"format": FORMAT, "round": snapshot.round})
-        replace(path, safetensors.torch.save(flat, {"fedsim": told}))
+        replace_by(path, lambda temporary: safetensors.torch.save_file(flat, temporary, {"fedsim": told}))
         self.prune(keep)
         return path
 
@@ -180,6 +183,17 @@ class Run:
 
 def _opened(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same leaves; a copy of those that safetensors refuses, as they share memory with another or are strided."""
+    places = Counter(leaf.untyped_storage().data_ptr() for leaf in flat.values())
+    return {
+        name: leaf.detach()
+        if leaf.is_contiguous() and places[leaf.untyped_storage().data_ptr()] == 1
+        else leaf.detach().clone(memory_format=torch.contiguous_format)
+        for name, leaf in flat.items()
+    }
 
 
 def trained(path: Path, seed: int = 0) -> Params:

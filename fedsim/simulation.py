@@ -18,7 +18,7 @@ class Snapshot(NamedTuple):
     """All that the next round depends on, besides the experiment itself."""
 
     round: int  # the last one done; 0 before the first
-    state: Tree  # the strategy's
+    state: Tree  # the strategy's; one that `overwrites` goes on changing it: `tree.clone` what is to be kept
     personal: Personal  # the clients'; the loop goes on changing it
 
 

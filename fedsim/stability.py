@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from fedsim.ranges import Count, checked
 
-ROWS = 1024  # whose similarities to all others are in memory at once
+AT_ONCE = 2**24  # similarities that are in memory at one time
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
@@ -53,18 +53,18 @@ def neighbour_overlap(before: Tensor, after: Tensor, k: Count = 10) -> float:
     if len(before) <= k:
         raise ValueError(f"k = {k}: a table of {len(before)} rows has {len(before) - 1} neighbours for each of them")
     units = normalize(before), normalize(after)
-    same = 0
-    for start in range(0, len(before), ROWS):
-        one, other = (_nearest(unit, start, k) for unit in units)  # (R, k)
+    same, rows = 0, max(1, AT_ONCE // len(before))
+    for start in range(0, len(before), rows):
+        one, other = (_nearest(unit, slice(start, start + rows), k) for unit in units)  # (R, k)
         same += int((one[:, :, None] == other[:, None, :]).sum())
     return same / (k * len(before))
 
 
-def _nearest(unit: Tensor, start: int, k: int) -> Tensor:
-    """The k rows nearest to each of the ROWS rows from `start` on, (R, k)."""
-    similar = unit[start : start + ROWS] @ unit.T  # (R, I)
+def _nearest(unit: Tensor, rows: slice, k: int) -> Tensor:
+    """The k rows nearest to each of some rows, (R, k)."""
+    similar = unit[rows] @ unit.T  # (R, I)
     own = torch.arange(len(similar))
-    similar[own, start + own] = -torch.inf
+    similar[own, rows.start + own] = -torch.inf
     return similar.topk(k, 1).indices
 
 

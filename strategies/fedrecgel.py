@@ -61,8 +61,8 @@ class FedRecGel(Strategy):
         """One step of Adam."""
         if not replies.weight.any():  # nobody who answered has an item
             return state, {}
-        rest, moved = overwrite(self.optimiser, replies.update["params"], state["adam"], state["params"])
         tables = [name for name in state["params"] if name.startswith(ITEM)]
         size = math.hypot(*(float(torch.linalg.vector_norm(state["params"][name])) for name in tables))
+        rest, moved = overwrite(self.optimiser, replies.update["params"], state["adam"], state["params"])
         shift = math.hypot(*(moved[name] for name in tables)) / size if size else 0.0
         return {"params": state["params"], "adam": rest}, {"item_shift": shift}

@@ -188,3 +188,14 @@ def test_written_over_with_rows_the_numbers_are_those_of_the_dense_gradient():
     overwrite(optimiser, {"table": rows.dense()}, optimiser.init(expected), expected)
     assert torch.equal(found["table"], expected["table"]) and not torch.equal(found["table"], table["table"])
     assert torch.equal(found["table"][[1, 4]], table["table"][[1, 4]])
+
+
+@pytest.mark.parametrize(
+    "index", [[2, 0, 3], [0, 2, 2], [-1, 0, 2], [0, 2, 5]], ids=["out of order", "twice", "padding", "beyond"]
+)
+def test_rows_that_are_not_merged_are_refused_before_anything_is_written(index):
+    optimiser, params = adam(0.1), {"first": torch.ones(2), "table": torch.ones(5, 2)}
+    gradient = {"first": torch.ones(2), "table": Rows(torch.tensor(index), torch.ones(3, 2), 5)}
+    with pytest.raises(ValueError, match="table: the rows of a gradient must be merged, and of 5 there are"):
+        overwrite(optimiser, gradient, optimiser.init(params), params)
+    assert torch.equal(params["first"], torch.ones(2))

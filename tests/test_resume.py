@@ -262,12 +262,13 @@ def test_a_run_killed_in_the_middle_of_writing_a_checkpoint_goes_on_from_the_one
     write = ("open .round-000004.safetensors.part", 1)
     assert place.go(Death(cut_in=write)) == -signal.SIGXFSZ
     half = place.run() / "checkpoints" / ".round-000004.safetensors.part"
-    assert half.stat().st_size == 20
+    assert half.stat().st_size < 50, "the process was killed while it was written"
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(half)
     assert place.go(path=place.run()) == 0
     assert left(place.run()) == undisturbed.files
-    assert not half.exists()
+    hidden = [path.name for path in (place.run() / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert hidden == [], "what was half written is gone"
 
 
 def test_a_run_killed_in_the_middle_of_a_line_of_metrics_forgets_the_half_line(undisturbed, place):

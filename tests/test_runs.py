@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,35 @@ def test_leaves_may_share_memory_and_need_not_be_contiguous(run):
     state = {"a": whole, "b": whole, "c": whole.T, "d": whole[:, ::2], "e": whole[0]}
     saved = Snapshot(1, state, snapshot().personal)
     assert same(run.load(run.save(saved, 2), saved).state, state)
+
+
+def test_a_file_has_the_rights_that_a_new_file_gets_here(run, tmp_path):
+    (tmp_path / "usual").touch()
+    saved = Snapshot(1, {"a": torch.zeros(2)}, snapshot().personal)
+    assert run.save(saved, 2).stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import torch
+from fedsim.personal import Personal
+from fedsim.runs import Run
+from fedsim.simulation import Snapshot
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+state = {"a": torch.ones(200 * 2**18), "b": torch.ones(100 * 2**18)}  # 300 MB
+before = peak()
+Run.create(Path(sys.argv[1]), "large", 0, "", {}).save(Snapshot(1, state, Personal({}, 1, 0)), 1)
+print(peak() - before)
+"""
+
+
+def test_a_checkpoint_of_a_large_state_takes_little_memory_of_its_own(tmp_path):
+    told = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(told.stdout) < 100
 
 
 def test_a_checkpoint_may_hold_rows_and_any_kind_of_number(run):

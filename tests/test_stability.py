@@ -57,8 +57,8 @@ def test_overlap_by_brute_force_in_blocks_of_any_size(k, monkeypatch):
     shares = [len(neighbours(before, row, k) & neighbours(after, row, k)) / k for row in range(40)]
     expected = sum(shares) / 40
     assert 0.1 < expected < 0.9
-    for rows in (1024, 40, 16, 1):
-        monkeypatch.setattr(stability, "ROWS", rows)
+    for rows in (1024, 40, 16, 1, 0):
+        monkeypatch.setattr(stability, "AT_ONCE", 40 * rows)
         assert neighbour_overlap(before, after, k) == pytest.approx(expected, rel=1e-12)
 
 

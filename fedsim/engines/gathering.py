@@ -97,6 +97,8 @@ class Gathering:
         sent = {"update": replies.update, "weight": replies.weight, "metrics": replies.metrics}
         every = tree.flatten(sent | {"personal": replies.personal})
         form = {name: tuple(leaf.shape[1:]) for name, leaf in every.items() if "@" not in name}
+        rows = {name: leaf for name, leaf in tree.items({"update": replies.update}) if isinstance(leaf, Rows)}
+        form |= {name: (leaf.size, *leaf.values.shape[2:]) for name, leaf in rows.items()}
         if self._odd(ids, form):
             return
         self.up += tree.count_bytes(tree.leaves(sent))

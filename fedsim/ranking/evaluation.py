@@ -35,6 +35,7 @@ class RankItems(Client):
     Attributes:
         scorer: what gives scores.
         num_items: I; None: nothing is ranked in full.
+        full: whether all items are ranked too, which costs the whole catalogue for each user.
         at: how many items are proposed.
         part: which held-out item.
         popularity: how many users have each item in their training part, (I,), as `fedsim.ranking:popularity` counts
@@ -43,6 +44,7 @@ class RankItems(Client):
 
     scorer: Scorer
     num_items: Count | None = None
+    full: bool = True
     at: tuple[Count, ...] = (5, 10, 20)
     part: Literal["validation", "test"] = "test"
     popularity: Tensor | None = field(default=None, repr=False, compare=False)
@@ -62,12 +64,17 @@ class RankItems(Client):
         """Which part of a user's items is put in order."""
         return self.part
 
+    def memory(self, shared: Tree, examples: int) -> int:
+        """What the items that are scored take up, if a scorer has a thousand numbers for each."""
+        every = self.num_items if self.full and self.num_items else 0
+        return 4 * 1000 * (examples + every)
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """Where the held-out item stands, in each order."""
         item, mask = data["item"], data["mask"]
         wanted, candidate = mask & (data["y"] == WANTED), mask & (data["y"] != KNOWN)
         state = {"there": wanted.any()} | self._ranks("rank", shared, personal, item, wanted, candidate)
-        if self.num_items is None:
+        if self.num_items is None or not self.full:
             return state
         every = torch.arange(self.num_items)
         # Told by counts, because of what `vmap` allows: padding counts nowhere.

@@ -10,6 +10,11 @@ def draw_negatives(has: Tensor, number: int, num_items: int, rng: torch.Generato
     Raises:
         ValueError: there are not so many.
     """
+    different = len(torch.unique(has))
+    if len(has) and num_items - different < number:
+        raise ValueError(
+            f"negatives = {number}: a user has {different} of {num_items} items, there are not so many others"
+        )
     return draw_others(has, len(has), number, num_items, rng)
 
 
@@ -22,12 +27,20 @@ def draw_others(items: Tensor, rows: int, number: int, num_items: int, rng: torc
     there = torch.unique(items)
     others = num_items - len(there)
     if rows and others < number:
-        raise ValueError(f"a user has {len(there)} of {num_items} items: there are not {number} others to draw")
-    found = torch.randint(max(others, 1), (rows, number), generator=rng)  # the how manieth of the others
-    while (twice := _twice(found)).any():
-        found[twice] = torch.randint(others, (int(twice.sum()),), generator=rng)
+        raise ValueError(f"{number} items other than {len(there)} of {num_items} cannot be drawn")
+    found = _places(rows, number, others, rng)
     below = there - torch.arange(len(there))  # how many others are below each that is there
     return found + torch.searchsorted(below, found, right=True)
+
+
+def _places(rows: int, number: int, others: int, rng: torch.Generator) -> Tensor:
+    """The how manieth of the others each of them is, (R, number)."""
+    if 2 * number > others:  # most would be drawn twice
+        return torch.rand(rows, others, generator=rng).argsort(1)[:, :number]
+    found = torch.randint(max(others, 1), (rows, number), generator=rng)
+    while (twice := _twice(found)).any():
+        found[twice] = torch.randint(others, (int(twice.sum()),), generator=rng)
+    return found
 
 
 def _twice(rows: Tensor) -> Tensor:

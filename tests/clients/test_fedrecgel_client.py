@@ -1,6 +1,7 @@
 """FedRecGEL's local side: plain gradients at radius zero, one block climbed at a time, and few rows that travel."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -180,16 +181,20 @@ def test_negatives_are_not_the_users_items_and_not_the_same_twice_and_all_others
     often = drawn.flatten().bincount(minlength=20)[[i for i in range(20) if i not in (1, 3, 8)]].double()
     expected = drawn.numel() / 17
     assert ((often - expected) ** 2 / expected).sum() < 40, "chi-squared with 16 degrees of freedom"
-    with pytest.raises(ValueError, match="a user has 3 of 6 items: there are not 4 others to draw"):
+    with pytest.raises(ValueError, match="negatives = 4: a user has 3 of 6 items, there are not so many others"):
         draw_negatives(has, 4, 6, generator)
 
 
 def test_others_are_drawn_down_to_the_last_one():
     generator = torch.Generator().manual_seed(0)
+    half = torch.stack([draw_others(torch.tensor([9]), 1, 6, 10, generator)[0] for _ in range(900)])
+    often = half.flatten().bincount(minlength=9).double()
+    assert (half.sort().values.diff() > 0).all() and often[9:].sum() == 0
+    assert ((often[:9] - 600) ** 2 / 600).sum() < 30, "chi-squared with 8 degrees of freedom, and more even than that"
     for _ in range(50):
         assert draw_others(torch.tensor([0, 2, 2, 5]), 1, 3, 6, generator).sort().values.tolist() == [[1, 3, 4]]
     assert draw_others(torch.arange(0), 2, 0, 6, generator).shape == (2, 0)
-    with pytest.raises(ValueError, match="a user has 3 of 6 items: there are not 4 others to draw"):
+    with pytest.raises(ValueError, match="4 items other than 3 of 6 cannot be drawn"):
         draw_others(torch.tensor([0, 2, 2, 5]), 1, 4, 6, generator)
 
 
@@ -288,7 +293,19 @@ def test_decoys_are_rows_of_other_items_whose_gradient_is_zero_and_change_nothin
 def test_more_decoys_than_there_are_items_are_refused():
     model, federation, plain = users()
     failed = sent_by(replace(plain, decoys=60), federation, model).failed
-    assert "there are not 60 others to draw" in failed[2]
+    assert re.search(r"decoys = 60: only \d+ of 60 items are not in a user's round", failed[2])
+
+
+def test_who_has_no_item_weighs_nothing_with_decoys_either():
+    _, federation, client = users(decoys=3)
+    shared = {name: leaf for name, leaf in client.model.params.items() if not name.startswith(OWN)}
+    for noise in (0.0, 0.1):
+        here = replace(client, noise=noise)
+        kept = Personal({"train": here}, 5, 3).gather([0, 1])
+        for engine in (Sequential, Vectorised):
+            task = Task("train", {"params": shared}, round=1)
+            replies = engine(federation, {"train": here}, 3).execute(task, Cohort([0, 1], kept))
+            assert dict(zip(replies.ids, replies.weight.tolist(), strict=True)) == {0: 0.0, 1: 1.0}
 
 
 def test_what_is_sent_is_clipped_to_a_norm_and_never_stretched():
@@ -308,15 +325,42 @@ def test_what_is_sent_is_clipped_to_a_norm_and_never_stretched():
 def test_noise_is_gaussian_with_its_deviation_on_every_number_and_decoys_are_not_told_by_zeros(engine):
     model, federation, plain = users(dtype=torch.float64, decoys=20)
     noisy = replace(plain, noise=0.5)
-    assert noisy.stochastic and not plain.stochastic
-    whole, found = (sent_by(client, federation, model, engine=engine).update["params"] for client in (plain, noisy))
-    numbers = {name: leaf for name, leaf in tree.flatten(found).items() if leaf.is_floating_point()}
-    added = torch.cat([(leaf - tree.flatten(whole)[name]).flatten() for name, leaf in numbers.items()])
+    whole, answer = (sent_by(client, federation, model, engine=engine) for client in (plain, noisy))
+    assert "loss" in whole.metrics and answer.metrics == {}, "which would tell of the gradient"
+    numbers = {name: leaf for name, leaf in tree.flatten(answer.update).items() if leaf.is_floating_point()}
+    added = torch.cat([(leaf - tree.flatten(whole.update)[name]).flatten() for name, leaf in numbers.items()])
     assert float(added.std()) == pytest.approx(0.5, rel=4 / math.sqrt(2 * len(added)))
     assert abs(float(added.mean())) < 4 * 0.5 / math.sqrt(len(added))
-    assert all((found[name].values != 0).all() for name in TABLES)
-    again = sent_by(noisy, federation, model, engine=engine).update["params"]
-    assert all(torch.equal(leaf, tree.flatten(again)[name]) for name, leaf in tree.flatten(found).items())
+    assert all((answer.update["params"][name].values != 0).all() for name in TABLES)
+    again = sent_by(noisy, federation, model, engine=engine).update
+    assert all(torch.equal(leaf, tree.flatten(again)[name]) for name, leaf in tree.flatten(answer.update).items())
+
+
+def test_a_users_noise_does_not_depend_on_who_runs_beside_it_nor_on_where():
+    model, federation, plain = users(dtype=torch.float64, decoys=5, noise=0.5)
+    alone = sent_by(plain, federation, model).update["params"]
+    shared = {name: leaf for name, leaf in model.params.items() if not name.startswith(OWN)}
+    ids = [3, 2, 1]
+    kept = Personal({"train": plain}, 5, 3).gather(ids)
+    task = Task("train", {"params": shared}, round=1)
+    replies = Vectorised(federation, {"train": plain}, 3).execute(task, Cohort(ids, kept))
+    beside = tree.take(replies.update, replies.ids.index(2))["params"]
+    for name, leaf in alone.items():
+        one, other = (part.dense() if isinstance(part, tree.Rows) else part for part in (leaf, beside[name]))
+        torch.testing.assert_close(other, one[0] if one.ndim > other.ndim else one, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_without_tables_of_items_is_refused():
+    with pytest.raises(
+        ValueError, match=r"must have tables of one length whose names begin with 'item_', it has 0.weight"
+    ):
+        DualSam(model=Model(torch.nn.Sequential(torch.nn.Linear(2, 1))), lr=0.1)
+
+
+def test_a_users_parameters_are_as_spread_at_first_as_was_asked_for():
+    client = DualSam(model=scorer(5, dim=256), lr=0.1, spread=0.3)
+    own = client.personal(torch.Generator().manual_seed(0))["own"]["user_mlp"]
+    assert float(own.std()) == pytest.approx(0.3, rel=4 / math.sqrt(2 * len(own)))
 
 
 # Rows or tables.

@@ -17,6 +17,7 @@ from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.evaluation import Evaluate
 from fedsim.model import Model
 from fedsim.task import Cohort, Reply, Task, Traffic
+from fedsim.tree import Rows
 
 ENGINES = [Sequential, Vectorised]
 SIZES = (0, 1, 7, 20, 33, 2)
@@ -514,6 +515,28 @@ def test_a_client_that_answers_in_another_form_costs_itself_only(classification)
     found = execute(Sequential, OddReply(), federation, [0, 1, 2])
     assert found.ids == [0, 2] and list(found.failed) == [1]
     assert "another form than client 0: metrics/extra is" in found.failed[1]
+
+
+@dataclass(frozen=True)
+class OddRows(Summing):
+    """Of a table that is longer, or wider, at a client of 20 examples."""
+
+    wider: bool = False
+
+    def finish(self, shared, state, data):
+        odd = len(data["mask"]) == 20
+        size, width = 5 + (odd and not self.wider), 2 + (odd and self.wider)
+        rows = Rows(torch.tensor([size - 1]), torch.ones(1, width), size)
+        return Reply({"table": rows}, data["mask"].sum().double())
+
+
+@pytest.mark.parametrize("reduce", ["stack", "mean"])
+@pytest.mark.parametrize(("wider", "told"), [(False, "(6, 2), not (5, 2)"), (True, "(5, 3), not (5, 2)")])
+def test_rows_of_another_table_cost_the_client_that_sends_them_only(classification, reduce, wider, told):
+    _, federation = classification((7, 20, 5))
+    engine = Sequential(federation, {"train": OddRows(wider=wider)})
+    found = engine.execute(Task("train", {}, reduce=reduce), Cohort([0, 1, 2]))
+    assert found.ids == [0, 2] and f"update/table is {told}" in found.failed[1]
 
 
 @dataclass(frozen=True)

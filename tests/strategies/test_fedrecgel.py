@@ -1,5 +1,6 @@
 """FedRecGEL: the server's step by hand, users who are left alone, and tastes that popularity does not know."""
 
+import math
 from functools import cache
 from itertools import islice
 
@@ -164,6 +165,15 @@ def test_items_that_nobody_touched_move_on_by_momentum():
     second, _ = strategy.aggregate(first, task, Replies([0], torch.ones(1), {"params": {"table": torch.zeros(3)}}))
     assert second["params"]["table"][0] < once[0] < 0
     assert second["params"]["table"][1:].tolist() == [0, 0]
+
+
+def test_it_tells_how_far_the_items_moved_by_what_they_were():
+    strategy = FedRecGel(lr=0.01)
+    params = {"item_a": torch.tensor([3.0, 0.0]), "item_b": torch.tensor([4.0]), "other": torch.tensor([100.0])}
+    state = strategy.init(params)
+    sent = {"item_a": torch.tensor([1.0, -1.0]), "item_b": torch.zeros(1), "other": torch.ones(1)}
+    _, metrics = strategy.aggregate(state, Task("train", {}), Replies([0], torch.ones(1), {"params": sent}))
+    assert metrics["item_shift"] == pytest.approx(0.01 * math.sqrt(2) / 5, rel=1e-4)
 
 
 def test_where_nobody_has_an_item_nothing_moves():
