@@ -534,9 +534,9 @@ class OddRows(Summing):
 @pytest.mark.parametrize(("wider", "told"), [(False, "(6, 2), not (5, 2)"), (True, "(5, 3), not (5, 2)")])
 def test_rows_of_another_table_cost_the_client_that_sends_them_only(classification, reduce, wider, told):
     _, federation = classification((7, 20, 5))
-    engine = Sequential(federation, {"train": OddRows(wider=wider)})
-    found = engine.execute(Task("train", {}, reduce=reduce), Cohort([0, 1, 2]))
-    assert found.ids == [0, 2] and f"update/table is {told}" in found.failed[1]
+    found = execute(Sequential, OddRows(wider=wider), federation, [0, 1, 2], reduce)
+    assert found.ids == [0, 2], found.failed
+    assert f"update/table is {told}" in found.failed[1]
 
 
 @dataclass(frozen=True)
