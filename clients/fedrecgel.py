@@ -94,6 +94,11 @@ class DualSam(Client):
         super().__post_init__()
         table_size(self.model)  # raises
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The items that a user has."""
+        return ("item",)
+
     @cached_property
     def optimiser(self) -> Optimiser:
         """The rule by which a user moves its embedding."""

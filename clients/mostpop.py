@@ -25,6 +25,11 @@ class TellItems(Client):
     num_items: Count
     batch_size: Count = 2**30  # its one step does nothing
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The items that a user has."""
+        return ("item",)
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """Its items."""
         one = torch.ones(len(data["item"]))

@@ -87,6 +87,11 @@ class DualPersonal(Client):
     capacity: Count | None = None
     batch_size: Count = 256
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The items that a user has."""
+        return ("item",)
+
     @cached_property
     def num_items(self) -> int:
         """I."""
@@ -107,7 +112,7 @@ class DualPersonal(Client):
         size = self.capacity or self.num_items
         own = {name: leaf for name, leaf in self.model.params.items() if name.startswith(OWN)}
         item = torch.full((size,), self.num_items)
-        return {"own": own, "item": item, "score": self.model.params[TABLE].new_zeros(size)}
+        return {"layer": own, "item": item, "score": self.model.params[TABLE].new_zeros(size)}
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
         """Each of its items followed by negatives: "y", and where the items stand, as `placed` has it.
@@ -128,7 +133,7 @@ class DualPersonal(Client):
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The user's score layer, and the server's rows of the round's items."""
         rows = shared["params"][TABLE][self._touched(data).clamp(max=self.num_items - 1)]
-        return {"own": personal["own"], "rows": rows, "loss": torch.zeros((), dtype=torch.float64)}
+        return {"layer": personal["layer"], "rows": rows, "loss": torch.zeros((), dtype=torch.float64)}
 
     def _touched(self, data: Batch) -> Tensor:
         """The different items of the round in ascending order, (n,), filled up with I."""
@@ -142,11 +147,11 @@ class DualPersonal(Client):
             return self.model.loss(own | {TABLE: rows}, examples)
 
         rows = state["rows"][batch["place"]]  # (B, D)
-        _, slope = gradient(loss, state["own"], rows)
-        own, _ = self.layer.update(slope, {}, state["own"])
+        _, slope = gradient(loss, state["layer"], rows)
+        own, _ = self.layer.update(slope, {}, state["layer"])
         value, pull = gradient(lambda part: loss(own, part["rows"]), {"rows": rows})
         moved = state["rows"].index_add(0, batch["place"], pull["rows"], alpha=-self.lr * self.num_items * self.lr_eta)
-        return {"own": own, "rows": moved, "loss": state["loss"] + value * batch["mask"].sum()}
+        return {"layer": own, "rows": moved, "loss": state["loss"] + value * batch["mask"].sum()}
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """How far the rows went, and the mean loss met on the way; the score layer and the scores stay here."""
@@ -154,10 +159,10 @@ class DualPersonal(Client):
         before = shared["params"][TABLE][touched.clamp(max=self.num_items - 1)]
         real = touched < self.num_items
         change = Rows(torch.where(real, touched, -1), state["rows"] - before, self.num_items)
-        logits = self.model.predict(state["own"] | {TABLE: state["rows"]}, {"item": torch.arange(len(touched))})
+        logits = self.model.predict(state["layer"] | {TABLE: state["rows"]}, {"item": torch.arange(len(touched))})
         padding = max(0, size - len(touched))
         kept = {
-            "own": state["own"],
+            "layer": state["layer"],
             "item": nn.functional.pad(touched[:size], (0, padding), value=self.num_items),
             "score": nn.functional.pad(torch.where(real, logits, 0)[:size], (0, padding)),
         }
@@ -183,7 +188,7 @@ class OwnScores(Scorer):
 
     def __call__(self, shared: Tree, personal: Tree, items: Tensor) -> Tensor:
         """The logits (n,) of items (n,)."""
-        scores = self.model.predict(shared["params"] | personal["own"], {"item": items})
+        scores = self.model.predict(shared["params"] | personal["layer"], {"item": items})
         touched = personal["item"]
         place = torch.zeros(len(shared["params"][TABLE]) + 1, dtype=torch.int64)  # one more, for what only fills up
         place = place.scatter(0, touched, torch.arange(len(touched)))[items]

@@ -34,6 +34,11 @@ class Client(ABC):
         return "train"
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns without which it cannot run, of which an experiment is told before it starts."""
+        return ()
+
+    @property
     def stochastic(self) -> bool:
         """Whether `start`, `step` or `finish` draw from torch's generator, which is seeded: as its model does."""
         return bool(getattr(getattr(self, "model", None), "stochastic", False))

@@ -27,7 +27,9 @@ def step(method: Method, state: Tree, task: Task, replies: Replies) -> tuple[Tre
         after, metrics = method.aggregate(state, task, replies)
     except Exception as error:
         sent = ", ".join(name for name, _ in tree.items(replies.update))
-        error.add_note(f"{type(method).__name__} was to aggregate {sent}, with reduce = {task.reduce!r}.")
+        rows = ", ".join(name for name, leaf in tree.items(replies.update) if isinstance(leaf, tree.Rows))
+        told = f"; of these, as rows of a table, {rows}" if rows else ""
+        error.add_note(f"{type(method).__name__} was to aggregate {sent}, with reduce = {task.reduce!r}{told}.")
         raise
     tree.restore(tree.flatten(after), state, f"the state that {type(method).__name__} made in round {task.round}")
     return after, metrics

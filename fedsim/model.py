@@ -104,17 +104,29 @@ class Model:
         return len(list(self.module.parameters())) < len(list(self.module.named_parameters(remove_duplicate=False)))
 
     @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for name, leaf in self.module.named_parameters() if leaf.requires_grad)
+
+    def _check(self, params: Params) -> None:
+        """Raises where a parameter is missing, for which torch would take the module's own unasked."""
+        if missing := self._names.difference(params):
+            there = ", ".join(sorted(params)) or "nothing"
+            raise ValueError(f"the model needs {', '.join(sorted(missing))}, and is given only {there}")
+
+    @cached_property
     def _trained(self) -> nn.Module:
         same = {id(leaf): leaf for leaf in self.module.parameters()}  # another state of the module, not its parameters
         return copy.deepcopy(self.module, same).eval()
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """The module's outputs while it is being trained, (B, ...)."""
+        self._check(params)
         outputs: Tensor = functional_call(self.module, params, (batch[self.inputs],), tie_weights=self._tied)
         return outputs
 
     def predict(self, params: Params, batch: Batch) -> Tensor:
         """The module's outputs when it is used: without dropout, (B, ...)."""
+        self._check(params)
         outputs: Tensor = functional_call(self._trained, params, (batch[self.inputs],), tie_weights=self._tied)
         return outputs
 

@@ -274,3 +274,12 @@ def test_a_loss_that_depends_on_no_parameter_has_a_gradient_of_zeros():
     assert value == 3 and torch.equal(slope["w"], torch.zeros(2))
     _, slopes = torch.func.vmap(lambda x: gradient(lambda params, x: x.sum(), params, x))(torch.ones(4, 3))
     assert torch.equal(slopes["w"], torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("way", ["outputs", "predict"])
+def test_a_parameter_that_is_missing_is_told_and_not_taken_from_the_module(way):
+    model = Model(network())
+    params = dict(model.params)
+    del params["0.bias"]
+    with pytest.raises(ValueError, match=r"the model needs 0.bias, and is given only 0.weight"):
+        getattr(model, way)(params, batch())

@@ -123,6 +123,12 @@ def _supply(
         context["popularity"] = popularity(federation)
     model = context["model"] = _made(recipes["model"], context, Model)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
+    for name, client in clients.items():
+        if missing := [column for column in client.needs if column not in federation.columns]:
+            raise ConfigError(
+                f"clients.{name}: {locals_[name].use} needs a column {' and a column '.join(missing)}; "
+                f"{federation.name}, split by {recipes['split'].use}, has {', '.join(sorted(federation.columns))}"
+            )
     return context, Supplies(federation, model, clients)
 
 

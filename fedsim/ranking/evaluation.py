@@ -64,6 +64,11 @@ class RankItems(Client):
         """Which part of a user's items is put in order."""
         return self.part
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `leave_one_out` makes."""
+        return ("item", "y")
+
     def memory(self, shared: Tree, examples: int) -> int:
         """What the items that are scored take up, if a scorer has a thousand numbers for each."""
         every = self.num_items if self.full and self.num_items else 0

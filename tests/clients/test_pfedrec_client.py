@@ -103,8 +103,8 @@ def test_one_step_is_that_of_the_formula_and_an_item_that_occurs_twice_moves_twi
     label, rows = torch.tensor(LABELS, dtype=torch.float64), table[ITEMS]
     error = torch.sigmoid(rows @ weight[0] + bias) - label
     moved = weight[0] - 0.3 * (error @ rows) / 5, bias - 0.3 * error.mean()
-    torch.testing.assert_close(replies.personal["own"]["user_score.weight"][0, 0], moved[0], rtol=1e-12, atol=0)
-    torch.testing.assert_close(replies.personal["own"]["user_score.bias"][0], moved[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(replies.personal["layer"]["user_score.weight"][0, 0], moved[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(replies.personal["layer"]["user_score.bias"][0], moved[1], rtol=1e-12, atol=0)
 
     error = torch.sigmoid(rows @ moved[0] + moved[1]) - label
     change = torch.zeros(12, 4, dtype=torch.float64)
@@ -129,8 +129,8 @@ def test_rows_alone_give_what_whole_tables_give_in_plain_torch(engine, settings)
         change = tree.Rows(rows.index[place], rows.values[place], rows.size).dense()
         largest = max(1.0, float(table.abs().max()))
         torch.testing.assert_close(shared[TABLE] + change, table, rtol=0, atol=1e-10 * largest)
-        torch.testing.assert_close(kept["own"]["user_score.weight"], layer.weight.detach(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(kept["own"]["user_score.bias"], layer.bias.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(kept["layer"]["user_score.weight"], layer.weight.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(kept["layer"]["user_score.bias"], layer.bias.detach(), rtol=1e-9, atol=1e-12)
         expected = layer(table)[:, 0].detach()
         near = 1e-10 * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(scores(model, shared, kept), expected, rtol=0, atol=near)
@@ -142,7 +142,7 @@ def test_the_loss_is_that_of_the_second_pass_averaged_over_rows():
     replies = answer(here)
     data = prepare(here, Task("train", {}, round=1), 0)
     rows = model.params[TABLE][data["touched"][data["place"]]]
-    own = tree.take(replies.personal["own"], 0)
+    own = tree.take(replies.personal["layer"], 0)
     logits = rows @ own["user_score.weight"][0] + own["user_score.bias"]
     expected = binary_cross_entropy_with_logits(logits, data["y"].double())
     torch.testing.assert_close(replies.metrics["loss"][0], expected, rtol=1e-12, atol=0)
@@ -203,7 +203,7 @@ def test_before_its_first_round_a_user_scores_by_what_all_begin_with():
     own, shared = halves(model)
     expected = (shared[TABLE] @ own["user_score.weight"][0]) + own["user_score.bias"]
     torch.testing.assert_close(scores(model, shared, kept), expected)
-    assert all(torch.equal(leaf, kept["own"][name]) for name, leaf in own.items())
+    assert all(torch.equal(leaf, kept["layer"][name]) for name, leaf in own.items())
 
 
 def test_items_that_a_user_has_touched_keep_their_scores_whatever_table_is_sent_later():
@@ -214,7 +214,7 @@ def test_items_that_a_user_has_touched_keep_their_scores_whatever_table_is_sent_
     others = torch.tensor([item for item in range(NUM_ITEMS) if item not in touched])
     assert len(touched) and len(others)
     assert torch.equal(scores(model, later, kept, touched), kept["score"][: len(touched)])
-    layer = kept["own"]["user_score.weight"][0], kept["own"]["user_score.bias"]
+    layer = kept["layer"]["user_score.weight"][0], kept["layer"]["user_score.bias"]
     torch.testing.assert_close(scores(model, later, kept, others), later[TABLE][others] @ layer[0] + layer[1])
 
 
@@ -223,7 +223,7 @@ def test_a_user_without_items_counts_nothing_and_changes_nothing():
     replies = answer(Sequential(federation, {"train": client}), [0])
     assert replies.weight.tolist() == [0] and replies.metrics["loss"].tolist() == [0]
     assert not replies.update["change"][TABLE].dense().any()
-    assert torch.equal(replies.personal["own"]["user_score.weight"][0], model.params["user_score.weight"])
+    assert torch.equal(replies.personal["layer"]["user_score.weight"][0], model.params["user_score.weight"])
 
 
 # Drawing.
@@ -274,7 +274,7 @@ def test_a_learning_rate_must_be_more_than_zero():
 def test_after_one_mini_batch_every_row_that_is_sent_is_a_multiple_of_the_users_weights():
     _, federation, client = users(sizes=(9,), batch_size=256, lr_eta=80)
     replies = answer(Sequential(federation, {"train": client}))
-    rows, weight = replies.update["change"][TABLE].values[0], replies.personal["own"]["user_score.weight"][0, 0]
+    rows, weight = replies.update["change"][TABLE].values[0], replies.personal["layer"]["user_score.weight"][0, 0]
     assert float(rows.abs().max()) > 0.1
     along = (rows @ weight / weight.square().sum())[:, None] * weight
     torch.testing.assert_close(rows, along, rtol=0, atol=1e-12)

@@ -317,3 +317,23 @@ def test_what_can_do_without_groups_has_its_own_default_where_there_are_none(gro
     )
     assert parts.model.params["bias"].shape == (7,)
     assert parts.clients["evaluate"].num_groups is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"data": {"use": "digits"}, "partition": {"use": "iid", "clients": 5}, "split": {"use": "divide"}},
+            r"clients.evaluate: fedsim.ranking:RankItems needs a column item; digits, split by .*divide, has x, y",
+        ),
+        (
+            {"split": {"use": "divide", "test": 0.2}},
+            r"clients.evaluate: fedsim.ranking:RankItems needs a column y; .*, split by .*divide, has item, .*user",
+        ),
+    ],
+)
+def test_columns_that_a_client_needs_are_missed_before_anything_starts(changes, told):
+    tables = tomllib.loads(locate("fedrecgel/latent-factors").read_text())
+    tables |= {"model": {"use": "ncf", "num_items": 400}} | changes
+    with pytest.raises(ConfigError, match=told):
+        assemble(*read(tables))
