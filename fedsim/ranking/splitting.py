@@ -77,8 +77,8 @@ def leave_one_out(
     most, num_items = int(users.sizes.argmax()), len(users.names)
     if num_items - users.sizes[most] < negatives:
         raise ValueError(
-            f"{dataset.name}: negatives = {negatives}: must be at most {num_items - users.sizes[most]}, since user "
-            f"{users.called[most]} has {users.sizes[most]} of {num_items} items and others are not there to draw"
+            f"{dataset.name}: negatives = {negatives}: must be at most {num_items - users.sizes[most]}, as "
+            f"user {users.called[most]} has {users.sizes[most]} of {num_items} items"
         )
     random = np.random.default_rng(drawn_by), np.random.default_rng([drawn_by, 1])
     item, y, bounds = _parts(users, [_negatives(users, negatives, rng) for rng in random[:held]])
