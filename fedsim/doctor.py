@@ -10,10 +10,12 @@ from fedsim import tree
 from fedsim.config import ConfigError, assemble, read
 from fedsim.data import files
 from fedsim.data.datasets import CATALOGUE
-from fedsim.data.describe import describe, draw
+from fedsim.data.describe import describe, draw, draw_interactions
+from fedsim.data.federation import SPLITS, Federation
 from fedsim.data.sources import SOURCES
 from fedsim.engines.local import Vectorised
 from fedsim.environment import devices, memory, processors, versions
+from fedsim.ranking import chosen, popularity, recommends
 from fedsim.report.formats import amount
 
 Pairs = list[tuple[str, str]]
@@ -81,12 +83,44 @@ def _yours(name: str) -> bool:
     return path is not None and path.default is inspect.Parameter.empty
 
 
-def partition(experiment: str, changes: Sequence[str], column: str, plot: Path | None) -> tuple[Pairs, Path | None]:
-    """How an experiment's partition came out, and the figure of it if one is asked for."""
+def partition(
+    experiment: str, changes: Sequence[str], column: str | None, plot: Path | None
+) -> tuple[Pairs, Path | None]:
+    """How an experiment's partition came out, what was left out, and the figure of it if one is asked for.
+
+    Without a column that is who has how many items, where these are recommended, and else the shares of column "y".
+    """
     asked, folder = read(experiment, changes)
     parts = assemble(asked, folder)
     parts.engine.close()
     federation = parts.federation
+    if column is None and recommends(federation):
+        rows = _interactions(federation, plot)
+    else:
+        rows = _shares(federation, column or "y", plot)
+    return [*rows, *(("data", note) for note in federation.notes)], plot
+
+
+def _interactions(federation: Federation, plot: Path | None) -> Pairs:
+    """Who has how many items, those held out included; drawn is what there is to train on."""
+    parts = {split: chosen(federation, split) for split in SPLITS}
+    each = np.sum(list(parts.values()), axis=0)
+    users, items, trained = len(each), len(federation.names["item"]), parts["train"]
+    if plot is not None:
+        draw_interactions(federation.name, trained, popularity(federation).numpy(), plot)
+    return [
+        ("users", f"{users:,}"),
+        ("items", f"{items:,}"),
+        ("interactions", f"{each.sum():,}, {trained.sum():,} of them to train on"),
+        ("density", f"{each.sum() / (users * items):.3%}"),
+        ("items of a user", f"{each.min():,} at least, {np.median(each):,.10g} in the median, {each.max():,} at most"),
+        ("users with a validation item", f"{np.count_nonzero(parts['validation']):,}"),
+        ("users with a test item", f"{np.count_nonzero(parts['test']):,}"),
+    ]
+
+
+def _shares(federation: Federation, column: str, plot: Path | None) -> Pairs:
+    """How the values of a column, and the sensitive groups if there are any, are spread."""
     description = describe(federation, column)
     rows = [(name, f"{value:g}") for name, value in description.summary().items()]
     for split, sizes in zip(("training", "validation", "test"), description.sizes.T, strict=True):
@@ -100,4 +134,4 @@ def partition(experiment: str, changes: Sequence[str], column: str, plot: Path |
     ]
     if plot is not None:
         draw(description, plot)
-    return rows, plot
+    return rows

@@ -128,6 +128,8 @@ def _drive(job: Job, directory: Run, resuming: bool, display: DisplayFor | None,
     shown = display(plan.name, plan.rounds, snapshot.round) if display else Silent()
     sent = nullcontext() if job.tracker is None else closing(_track(job, job.tracker, directory, snapshot.round))
     with parts.engine, shown as screen, sent as elsewhere:
+        for told in () if resuming else parts.federation.notes:
+            screen.warn(told)
         try:
             steps = rounds(parts.strategy, parts.engine, parts.sample, snapshot, plan.min_replies)
             for step in islice(steps, plan.rounds - snapshot.round):

@@ -215,6 +215,7 @@ def _create(root: Path, job: Job, experiment: str) -> Run:
         "plugins": fingerprints(job.tables),
         "engine": repr(parts.engine),
         "num_clients": parts.federation.num_clients,
+        **({"notes": list(parts.federation.notes)} if parts.federation.notes else {}),
         "parameters": sum(leaf.numel() for leaf in parts.model.params.values()),
     }
     try:

@@ -170,10 +170,10 @@ def data_fetch(names: Annotated[list[str], typer.Argument(help="Names of data se
 def data_describe(
     experiment: Annotated[str, typer.Argument(help="An experiment.")],
     changes: Changes = None,
-    column: Annotated[str, typer.Option(help="The column whose shares are shown.")] = "y",
+    column: Annotated[str | None, typer.Option(help="The column whose shares are shown, y if not said.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw it, a .png, .svg or .pdf file.")] = None,
 ) -> None:
-    """How an experiment's partition came out: sizes, label and group shares by client."""
+    """How an experiment's partition came out: sizes, label and group shares by client, or interactions."""
     with ending(), reading():
         rows, drawn = doctor.partition(experiment, changes or [], column, plot)
         _print_rows(("", ""), rows)

@@ -19,6 +19,7 @@ class Dataset:
     test: dict[str, Tensor] = field(default_factory=dict)  # leaves (E', ...): a common test set; {} where there is none
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column -> what its values 0, 1, ... are called
     source: str = ""  # whom to cite
+    notes: tuple[str, ...] = ()  # what was left out of it, a sentence each
 
     def __post_init__(self) -> None:
         for which, columns in (("columns", self.columns), ("test", self.test)):
@@ -50,6 +51,20 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+
+def left_out(kept: int, number: int, what: str, one: str, several: str) -> tuple[str, ...]:
+    """The note that says so: "5 of 7 users: 2 have no items"; none if all were kept.
+
+    Args:
+        kept: how many were.
+        number: how many there were.
+        what: they are, "users".
+        one: why, if a single one was left out, "has no items".
+        several: why, if more were, "have no items".
+    """
+    lost = number - kept
+    return (f"{kept:,} of {number:,} {what}: {lost:,} {one if lost == 1 else several}",) if lost else ()
 
 
 def joint_labels(dataset: Dataset) -> Dataset:

@@ -116,6 +116,24 @@ def draw(description: Description, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_interactions(name: str, users: Ints, items: Ints, path: str | Path) -> None:
+    """Writes a figure of who has how many items, `users` (N,), and of how many have each, `items` (I,)."""
+    figure = Figure(figsize=(11, 4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _histogram(left, users, "items", "users")
+    right.plot(np.arange(1, len(items) + 1), np.sort(items)[::-1], color=_COLOURS[0])
+    right.set_title("Users by item, the most popular first", loc="left", fontsize=11, color=_INK)
+    right.set_xlabel("item", color=_INK)
+    right.set_ylabel("users", color=_INK)
+    right.set_ylim(bottom=0)
+    right.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    _clean(right)
+    told = f"{_label(name)}: {users.sum():,} interactions of {len(users):,} users with {len(items):,} items to train on"
+    figure.suptitle(told, fontsize=12, color=_INK)
+    figure.savefig(path, dpi=150)
+
+
 def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints, float]:
     """What a column's values are called, how often each client has each of them, (N, K), and the heterogeneity."""
     if column not in federation.columns:
@@ -123,8 +141,10 @@ def _counts(federation: Federation, column: str) -> tuple[tuple[str, ...], Ints,
             f"{federation.name} has no column {column!r}; there are {', '.join(sorted(federation.columns))}"
         )
     cells = federation.columns[column].numpy()
-    if cells.ndim != 1 or not np.issubdtype(cells.dtype, np.integer) or cells.min(initial=0) < 0:
-        raise ValueError(f"column {column!r} must hold one integer from 0 for each example, got {cells.dtype}")
+    whole = cells.ndim == 1 and np.issubdtype(cells.dtype, np.integer)
+    if not whole or cells.min(initial=0) < 0:
+        found = cells.min() if whole else f"{cells.dtype} of shape {cells.shape}"
+        raise ValueError(f"column {column!r} must hold one integer from 0 for each example, got {found}")
     sizes = federation.bounds[:, -1] - federation.bounds[:, 0]
     client = np.repeat(np.arange(len(sizes)), sizes)
     # Where each example stands in `rows`: its client's first place, and one further for each of that client's.
@@ -197,15 +217,15 @@ def _label(name: str) -> str:
     return (line if len(line) <= _LETTERS else f"{line[: _LETTERS - 1]}…").replace("$", r"\$")
 
 
-def _histogram(axes: Axes, examples: Ints) -> None:
+def _histogram(axes: Axes, examples: Ints, what: str = "examples", whose: str = "clients") -> None:
     low, high = int(examples.min()), int(examples.max())
     edges = np.linspace(low - 0.5, high + 0.5, min(high - low + 1, 30) + 1)
     axes.hist(examples, bins=edges.tolist(), color=_COLOURS[0], edgecolor="white", linewidth=0.6)
     margin = max(3.0, 0.03 * (high - low))
     axes.set_xlim(low - margin, high + margin)
-    axes.set_title("Examples by client", loc="left", fontsize=11, color=_INK)
-    axes.set_xlabel("examples", color=_INK)
-    axes.set_ylabel("clients", color=_INK)
+    axes.set_title(f"{what.capitalize()} by {whose.removesuffix('s')}", loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel(what, color=_INK)
+    axes.set_ylabel(whose, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for axis in (axes.xaxis, axes.yaxis):

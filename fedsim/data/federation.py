@@ -44,6 +44,7 @@ class Federation:
     test: Batch = field(default_factory=dict)  # leaves (E', ...): a common test set that no client owns; {} for none
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     name: str = "federation"
+    notes: tuple[str, ...] = ()  # what was left out of the data, a sentence each
 
     @property
     def num_clients(self) -> int:
@@ -135,7 +136,7 @@ def divide(
         )
     start, end = partition.offsets[:-1], partition.offsets[1:]
     bounds = np.stack([start, end - tested - validated, end - tested, end], axis=1)
-    return Federation(dataset.columns, rows, bounds, dataset.test, dataset.names, dataset.name)
+    return Federation(dataset.columns, rows, bounds, dataset.test, dataset.names, dataset.name, dataset.notes)
 
 
 def schedule(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.data.dataset import Dataset
+from fedsim.data.dataset import Dataset, left_out
 from fedsim.data.files import load
 from fedsim.data.interactions import collect
 from fedsim.data.sources import FILMTRUST, MOVIELENS_100K
@@ -60,7 +60,7 @@ def ratings(
     them are whole numbers (of 18 digits at most) and else sorted as text; names["user"] and names["item"] tell what
     each was. Of several interactions of a user with an item the first in the file is kept. Times may have fractions;
     they are int64 if none has. Blank lines are passed over, and spaces around a cell are no part of it. Of
-    10 million lines about a gigabyte is held.
+    10 million lines about a gigabyte is held. The notes say how many interactions were left out, and why.
 
     Args:
         path: the file; it may be compressed with gzip.
@@ -82,7 +82,7 @@ def ratings(
     found, names = collect(place, columns, header, delimiter, encoding)
     if min_rating is not None and "rating" not in found:
         raise ValueError(f"{place}: min_rating = {min_rating} needs a column 'rating', there are {', '.join(found)}")
-    kept = _kept(found, names, min_rating, str(place))
+    kept, notes = _kept(found, names, min_rating, str(place))
     numbered = {role: _numbered(found.pop(role)[kept], names[role]) for role in ("user", "item")}
     data = {role: codes for role, (codes, _) in numbered.items()} | {role: cells[kept] for role, cells in found.items()}
     return Dataset(
@@ -90,14 +90,16 @@ def ratings(
         {role: torch.from_numpy(column) for role, column in data.items()},
         names={role: called for role, (_, called) in numbered.items()},
         source=str(place),
+        notes=notes,
     )
 
 
 def _kept(
     found: Mapping[str, NDArray[Any]], names: Mapping[str, Sequence[str]], min_rating: float | None, where: str
-) -> NDArray[np.int64]:
-    """Which interactions stay, ascending: those rated high enough, and of each user with each item the first."""
-    high = np.arange(len(found["user"]))
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Which stay, ascending: those rated high enough, and of each user with each item the first; and what does not."""
+    number = len(found["user"])
+    high = np.arange(number)
     if min_rating is not None:
         high = np.flatnonzero(found["rating"] >= np.float32(min_rating))
         if not len(high):
@@ -105,7 +107,10 @@ def _kept(
                 f"{where}: no rating is at least min_rating = {min_rating}, the highest is {found['rating'].max()}"
             )
     pairs = found["user"][high] * len(names["item"]) + found["item"][high]
-    return high[np.sort(np.unique(pairs, return_index=True)[1])]
+    kept = high[np.sort(np.unique(pairs, return_index=True)[1])]
+    below, again = f"rated below min_rating = {min_rating}", "one that is there already"
+    low = left_out(len(high), number, "interactions", f"is {below}", f"are {below}")
+    return kept, low + left_out(len(kept), len(high), "interactions", f"repeats {again}", f"repeat {again}")
 
 
 def _numbered(codes: NDArray[np.int64], names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:

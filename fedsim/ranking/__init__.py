@@ -1,6 +1,6 @@
 """Recommendation: which item of each user is held out, and how well an order of items would have guessed it."""
 
-from fedsim.ranking.counting import popularity, users
+from fedsim.ranking.counting import chosen, popularity, recommends, users
 from fedsim.ranking.evaluation import RankItems, Scorer
 from fedsim.ranking.measures import hit_rate, ndcg, rank
 from fedsim.ranking.naming import MOSTPOP, PART, Measure, beside, foremost, is_ranking, ranked, usual
@@ -17,6 +17,7 @@ __all__ = [
     "RankItems",
     "Scorer",
     "beside",
+    "chosen",
     "draw_negatives",
     "draw_others",
     "foremost",
@@ -27,6 +28,7 @@ __all__ = [
     "popularity",
     "rank",
     "ranked",
+    "recommends",
     "users",
     "usual",
 ]

@@ -9,6 +9,17 @@ from fedsim.data.federation import Federation, Ids
 from fedsim.ranking.splitting import WANTED
 
 
+def recommends(federation: Federation) -> bool:
+    """Whether it is one of recommendation, as `leave_one_out` makes them: columns "item", all named, and "y"."""
+    return {"item", "y"} <= federation.columns.keys() and "item" in federation.names
+
+
+def chosen(federation: Federation, part: str) -> NDArray[np.int64]:
+    """How many of the items in a part each user chose: those to train on, or those held out there, (N,)."""
+    rows, owner = _owned(federation, range(federation.num_clients), part)
+    return np.bincount(owner[federation.columns["y"].cpu().numpy()[rows] == WANTED], minlength=federation.num_clients)
+
+
 def popularity(federation: Federation) -> Tensor:
     """How many users have each item in their training part, (I,).
 

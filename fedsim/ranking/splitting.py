@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.data.dataset import Dataset
+from fedsim.data.dataset import Dataset, left_out
 from fedsim.data.federation import Federation, Partition
 from fedsim.ranges import Count, Natural, checked
 
@@ -29,6 +29,7 @@ class _Users(NamedTuple):
     sizes: Ints  # (N,) how many of them are each user's
     names: tuple[str, ...]  # what the items are called in the data, I
     called: tuple[str, ...]  # what the users are called in the data, N
+    notes: tuple[str, ...]  # which users and interactions are not among them
 
     @property
     def first(self) -> Ints:
@@ -54,7 +55,8 @@ def leave_one_out(
     Users with fewer than `min_items` different items are left out. Where the data names items, all of these may be
     drawn, also those that only users had who are left out; else the items are the ones that somebody has then,
     numbered anew in their order. Of two interactions of a user with an item the first in the data counts, and of two at
-    the same time the first is the later one. Without a column "time" a random item is held out.
+    the same time the first is the later one. Without a column "time" a random item is held out. The notes say how many
+    users and interactions were left out, and why.
 
     Args:
         dataset: columns "user", "item" and, if known, "time".
@@ -75,14 +77,15 @@ def leave_one_out(
     most, num_items = int(users.sizes.argmax()), len(users.names)
     if num_items - users.sizes[most] < negatives:
         raise ValueError(
-            f"{dataset.name}: user {users.called[most]} has {users.sizes[most]} of {num_items} items, so there are not "
-            f"{negatives} negatives to draw: ask for {num_items - users.sizes[most]} at most"
+            f"{dataset.name}: negatives = {negatives}: must be at most {num_items - users.sizes[most]}, as "
+            f"user {users.called[most]} has {users.sizes[most]} of {num_items} items"
         )
     random = np.random.default_rng(drawn_by), np.random.default_rng([drawn_by, 1])
     item, y, bounds = _parts(users, [_negatives(users, negatives, rng) for rng in random[:held]])
     columns: dict[str, Tensor] = {"item": torch.from_numpy(item), "y": torch.from_numpy(y)}
     names = {"item": users.names} | ({"user": users.called} if "user" in dataset.names else {})
-    return Federation(columns, np.arange(len(item)), bounds, names=names, name=dataset.name)
+    notes = dataset.notes + users.notes
+    return Federation(columns, np.arange(len(item)), bounds, names=names, name=dataset.name, notes=notes)
 
 
 def _negatives(users: _Users, negatives: int, random: np.random.Generator) -> Ints:
@@ -144,13 +147,22 @@ def _in_time(dataset: Dataset, partition: Partition, min_items: int) -> _Users:
     enough = sizes >= min_items
     if not enough.any():
         raise ValueError(f"{dataset.name}: no user has min_items = {min_items} different items")
+    notes = _left_out(partition, sizes, enough, min_items)
     rows, client = rows[enough[client]], client[enough[client]]
     items = item[rows[np.lexsort((-rows, time[rows], client))]]  # ascending; of equal times the first stands last
     called = _called(dataset, "user", user[enough])
     if "item" in dataset.names:
-        return _Users(items, sizes[enough], dataset.names["item"], called)
+        return _Users(items, sizes[enough], dataset.names["item"], called, notes)
     numbers, items = np.unique(items, return_inverse=True)
-    return _Users(items, sizes[enough], tuple(map(str, numbers.tolist())), called)
+    return _Users(items, sizes[enough], tuple(map(str, numbers.tolist())), called, notes)
+
+
+def _left_out(partition: Partition, sizes: Ints, enough: NDArray[np.bool_], min_items: int) -> tuple[str, ...]:
+    """What the split leaves out, of clients with `sizes` different items of which some have `enough`, (N,) each."""
+    again, few = "one that is there already", f"fewer than min_items = {min_items} different items"
+    users = left_out(int(enough.sum()), int((sizes > 0).sum()), "users", f"has {few}", f"have {few}")
+    rows = left_out(int(sizes.sum()), len(partition.rows), "interactions", f"repeats {again}", f"repeat {again}")
+    return rows + users
 
 
 def _owners(dataset: Dataset, partition: Partition) -> Ints:

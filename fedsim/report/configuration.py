@@ -9,8 +9,19 @@ from fedsim.report.formats import count, plain, setting
 from fedsim.report.reading import RunRecord
 
 _NUMBERS = ("num_clients", "parameters", "cpus")
-_NAMES = {"num_clients": "clients", "parameters": "parameters of the model", "git_commit": "commit"}
-_FIRST = ("started", "command", "engine", "num_clients", "parameters", "git_commit", "platform", "cpus", "devices")
+_NAMES = {"num_clients": "clients", "parameters": "parameters of the model", "git_commit": "commit", "notes": "data"}
+_FIRST = (
+    "started",
+    "command",
+    "engine",
+    "num_clients",
+    "notes",
+    "parameters",
+    "git_commit",
+    "platform",
+    "cpus",
+    "devices",
+)
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -54,6 +65,8 @@ def surroundings(record: RunRecord) -> Section | None:
 def _told(key: str, value: Any) -> str:
     if key == "command" and isinstance(value, list):
         return plain(shlex.join(map(str, value)))
+    if key == "notes" and isinstance(value, list):
+        return plain("; ".join(map(str, value)))
     if key in _NUMBERS and isinstance(value, int):
         return count(value)
     return setting(value)

@@ -1,6 +1,7 @@
 """Ratings out of files of one's own: what is read right, and what is told of a file that is not."""
 
 import gzip
+import json
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,11 @@ from fedsim import doctor
 from fedsim.config import assemble, read
 from fedsim.data.datasets import CATALOGUE, filmtrust, movielens_100k, ratings
 from fedsim.data.describe import describe, draw
+from fedsim.data.federation import divide
 from fedsim.data.interactions import BLOCK
 from fedsim.data.partition import by_column
+from fedsim.launch import resume, run
+from fedsim.progress import Silent
 from fedsim.ranking import WANTED, leave_one_out
 
 ROWS = [("7", "b", "4.5", "30"), ("7", "a", "1", "10"), ("10", "c", "3", "20"), ("9", "a", "5", "20")]
@@ -140,6 +144,25 @@ def test_lower_ratings_are_left_out_before_duplicates_with_whom_has_no_other(wri
     found = ratings(write(text), min_rating=3.3)
     assert interactions(found) == [("1", "a", 5.0, 30), ("1", "b", 4.0, 40), ("3", "c", pytest.approx(3.3), 5)]
     assert found.names == {"user": ("1", "3"), "item": ("a", "b", "c")}
+    assert found.notes == ("3 of 5 interactions: 2 are rated below min_rating = 3.3",)
+
+
+def test_what_is_left_out_is_noted_and_nothing_where_nothing_is(write):
+    columns = ("user", "item", "rating")
+    path = write("1,a,5\n1,b,1\n1,a,4\n2,a,4\n2,a,1\n1,a,3\n")
+    repeated = "6 interactions: 3 repeat one that is there already"  # a of 1 in lines 3 and 6, a of 2 in line 5
+    assert ratings(path, columns).notes == (f"3 of {repeated}",)
+    assert ratings(path, columns, min_rating=1).notes == (f"3 of {repeated}",)
+    assert ratings(path, columns, min_rating=4).notes == (
+        "3 of 6 interactions: 3 are rated below min_rating = 4",
+        "2 of 3 interactions: 1 repeats one that is there already",
+    )
+    assert ratings(write("1,a,5\n1,b,1\n"), columns, min_rating=1).notes == ()
+
+
+def test_notes_go_with_the_data_whoever_divides_it(write):
+    found = ratings(write("1,a\n1,a\n2,a\n"), columns=("user", "item"))
+    assert divide(found, by_column(found.columns, column="user")).notes == found.notes != ()
 
 
 def test_times_are_whole_where_all_are_and_keep_their_fractions_otherwise(write):
@@ -327,6 +350,58 @@ def test_an_experiment_with_a_file_of_ones_own_is_described(write, columns, firs
     parts = assemble(*read(str(path)))
     parts.engine.close()
     assert parts.federation.names["user"] == ("u0", "u1", "u2", "u3")
+
+
+@pytest.fixture
+def mine(write):
+    """An experiment with users of 9, 8, 8 and 8 of 20 items and one of 3; two lines repeat, and one is rated 1."""
+    rows = [(f"u{user}", str((5 * user + step) % 20), "5") for user in range(4) for step in range(8)]
+    rows += [("u0", "8", "5"), *(("u4", item, "5") for item in "012"), rows[0], rows[9], ("u1", "low", "1")]
+    write(joined(",", rows))
+    return write(EXPERIMENT.format(columns='["user", "item", "rating"]', header="false"), "mine.toml")
+
+
+NOTES = [
+    "38 of 39 interactions: 1 is rated below min_rating = 2.0",
+    "36 of 38 interactions: 2 repeat one that is there already",
+    "4 of 5 users: 1 has fewer than min_items = 5 different items",
+]
+
+
+def test_recommendation_is_described_by_interactions_and_what_was_left_out(mine):
+    told, drawn = doctor.partition(str(mine), [], None, mine.parent / "interactions.png")
+    assert told == [
+        ("users", "4"),
+        ("items", "20"),
+        ("interactions", "33, 25 of them to train on"),  # 9 + 3 * 8, less two held out of each user
+        ("density", "41.250%"),  # 33 / (4 * 20)
+        ("items of a user", "8 at least, 8 in the median, 9 at most"),
+        ("users with a validation item", "4"),
+        ("users with a test item", "4"),
+        *(("data", note) for note in NOTES),
+    ]
+    assert drawn is not None and drawn.read_bytes().startswith(b"\x89PNG")
+    without = dict(doctor.partition(str(mine), ["split.validation=false"], None, None)[0])
+    assert without["interactions"] == "33, 29 of them to train on" and without["users with a validation item"] == "0"
+    with pytest.raises(ValueError, match="column 'y' must hold one integer from 0 for each example, got -1"):
+        doctor.partition(str(mine), [], "y", None)
+
+
+def test_a_run_and_its_report_tell_what_was_left_out(mine):
+    shown = []
+
+    class Screen(Silent):
+        def warn(self, told):
+            shown.append(told)
+
+    def show(label, rounds, done):
+        return Screen()
+
+    path = run(str(mine), root=mine.parent / "runs", display=show).path
+    assert json.loads((path / "environment.json").read_text())["notes"] == shown == NOTES
+    assert f"| data | {'; '.join(NOTES)} |" in (path / "report" / "summary.md").read_text()
+    resume(path, rounds=2, display=show)
+    assert shown == NOTES, "and not once more"
 
 
 def test_names_of_any_kind_are_drawn(write, tmp_path):

@@ -1,6 +1,7 @@
 """Leave one out: who is trained on what, what is held out, and who is left out."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.datasets import filmtrust, latent_factor_ratings, movielens_100k
 from fedsim.data.federation import Partition
 from fedsim.data.partition import by_column, iid
-from fedsim.ranking import DRAWN, KNOWN, WANTED, leave_one_out
+from fedsim.ranking import DRAWN, KNOWN, WANTED, chosen, leave_one_out
 
 
 def dataset(rows, **others):
@@ -90,6 +91,33 @@ def test_users_with_too_few_items_are_left_out_and_items_that_nobody_has_then(sm
     assert part(found, 0, "test", WANTED) == [1], "item 2, numbered anew"
 
 
+def test_who_is_left_out_is_noted_behind_what_the_data_notes(small):
+    assert split(small, negatives=0, min_items=3).notes == ()
+    noted = replace(small, notes=("half of the users",))
+    few = "1 of 3 users: 2 have fewer than min_items = 4 different items"
+    assert split(noted, negatives=0, min_items=4).notes == ("half of the users", few)
+    twice = dataset([[0, 0, 1], [0, 1, 2], [0, 2, 3], [0, 0, 9], [0, 1, 8], [4, 2, 1], [4, 2, 2]])
+    assert split(twice, negatives=0, min_items=3).notes == (
+        "4 of 7 interactions: 3 repeat one that is there already",  # item 0 and 1 of user 0, and item 2 of user 4
+        "1 of 2 users: 1 has fewer than min_items = 3 different items",
+    )
+
+
+def test_clients_without_interactions_are_no_users_that_are_left_out(small):
+    owned = by_column(small.columns, column="user")
+    empty = Partition(owned.rows, np.append(owned.offsets, owned.offsets[-1]))
+    assert leave_one_out(small, empty, negatives=0, min_items=3).notes == ()
+
+
+def test_what_users_chose_is_counted_without_what_they_had_before_or_was_drawn(small):
+    found = split(small, negatives=3, min_items=3)
+    counted = [chosen(found, part).tolist() for part in ("train", "validation", "test")]
+    assert counted == [[1, 2, 1], [1, 1, 1], [1, 1, 1]], "of 3, 4 and 3 items two are held out"
+    without = split(small, negatives=3, min_items=3, validation=False)
+    counted = [chosen(without, part).tolist() for part in ("train", "validation", "test")]
+    assert counted == [[2, 3, 2], [0, 0, 0], [1, 1, 1]]
+
+
 def test_items_that_the_data_names_stay(small):
     named = Dataset("some", small.columns, names={"item": tuple("abcdefgh")})
     found = split(named, negatives=1, min_items=4)
@@ -122,7 +150,7 @@ def test_without_times_a_random_item_is_held_out_always_the_same():
     [
         ({"min_items": 2}, "min_items must be more than the 2 that are held out, got 2"),
         ({"min_items": 9}, "some: no user has min_items = 9 different items"),
-        ({"min_items": 3, "negatives": 99}, "user 1 has 4 of 8 items, so there are not 99 negatives .* 4 at most"),
+        ({"min_items": 3, "negatives": 99}, "negatives = 99: must be at most 4, as user 1 has 4 of 8 items"),
         ({"negatives": -1}, "negatives must be >= 0, got -1"),
     ],
 )
@@ -141,7 +169,7 @@ def test_data_without_users_or_of_clients_with_several_is_refused(small):
 def test_as_many_negatives_as_there_are_untouched_items_are_all_of_them_and_one_more_is_refused(small):
     found = split(small, negatives=4, min_items=3)
     assert sorted(part(found, 1, "test", DRAWN)) == [1, 3, 5, 6], "user 1 has 0, 2, 4 and 7 of 8"
-    with pytest.raises(ValueError, match="user 1 has 4 of 8 items, so there are not 5 negatives to draw: ask for 4"):
+    with pytest.raises(ValueError, match="negatives = 5: must be at most 4, as user 1 has 4 of 8 items"):
         split(small, negatives=5, min_items=3)
 
 
@@ -227,7 +255,7 @@ def test_clients_are_called_what_the_data_calls_the_users():
     named = Dataset("some", columns, names={"user": ("Ann", "Bob", "Cy")})
     assert split(named, negatives=0, min_items=2, validation=False).names["user"] == ("Bob", "Cy")
     assert "user" not in split(Dataset("some", columns), negatives=0, min_items=2, validation=False).names
-    with pytest.raises(ValueError, match="user Cy has 3 of 3 items, so there are not 1 negatives"):
+    with pytest.raises(ValueError, match="negatives = 1: must be at most 0, as user Cy has 3 of 3 items"):
         split(named, negatives=1, min_items=2, validation=False)
 
 
