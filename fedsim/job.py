@@ -222,9 +222,18 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
     if not cohorts:
         raise ConfigError(
             f"{assembly.federation.name} has nothing to evaluate on, neither a common test set nor a {client.split} "
-            "part at its clients: set split.test (0.2, say), or evaluate_every = 0"
+            f"part at its clients: set {_holding_out(assembly)}, or evaluate_every = 0"
         )
     return cohorts
+
+
+def _holding_out(assembly: Assembly) -> str:
+    """The setting by which there would be something to evaluate on."""
+    if {"user", "item"} <= assembly.federation.columns.keys():  # ratings that only `divide` has seen
+        return 'split.use = "leave_one_out"'
+    client = assembly.clients["evaluate"]
+    ranks = isinstance(client, RankItems) and client.part == "validation"
+    return "split.validation = true" if ranks else f"split.{client.split} (0.2, say)"
 
 
 def _evaluate(name: str, job: Job, snapshot: Snapshot) -> Evaluation:

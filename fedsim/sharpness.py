@@ -38,7 +38,7 @@ from fedsim.client import Client
 from fedsim.engines.engine import Engine
 from fedsim.model import Model, gradient
 from fedsim.randomness import generator
-from fedsim.ranges import Count, Natural, checked
+from fedsim.ranges import Count, Natural, NonNegative, checked
 from fedsim.task import Batch, Cohort, Params, Reduce, Replies, Reply, Task
 from fedsim.tree import Rows, Tree
 
@@ -152,8 +152,20 @@ class Rises(NamedTuple):
     each: Tensor  # (m, T)
 
 
-def ascent(surface: Surface, shared: Tree, radii: Sequence[float]) -> Tensor:
-    """L(theta + rho g / |g|) - L(theta) for each radius rho, (T,) in float64; zero where the gradient is zero."""
+@checked
+def ascent(surface: Surface, shared: Tree, radii: Sequence[NonNegative]) -> Tensor:
+    """L(theta + rho g / |g|) - L(theta) for each radius rho, (T,) in float64; zero where the gradient is zero.
+
+    Args:
+        surface: the loss.
+        shared: what clients are sent, {"params": theta} and whatever else they need; of it, "params" is moved.
+        radii: rho, each at least 0; in units of the parameters.
+
+    Raises:
+        ValueError: a radius is negative, or shared has no "params".
+        RuntimeError: a client failed.
+    """
+    _check_shared(shared)
     slope = surface.gradient(shared)
     norm = tree.norm(slope)
     direction = tree.map(lambda leaf: leaf / norm, slope) if norm > 0 else slope
@@ -166,11 +178,16 @@ def scattered(surface: Surface, shared: Tree, steps: Sequence[float], number: Co
 
     Args:
         surface: the loss.
-        shared: what clients are sent; of it, "params" is moved.
-        steps: in units of a row's own norm; of either sign.
+        shared: what clients are sent, {"params": theta} and whatever else they need; of it, "params" is moved.
+        steps: t, in units of a row's own norm; of either sign, for -t d is a direction too.
         number: m, of directions; the first of them are the same for any m.
         seed: of the directions.
+
+    Raises:
+        ValueError: shared has no "params", or number < 1 or seed < 0.
+        RuntimeError: a client failed.
     """
+    _check_shared(shared)
     found = [_along(surface, shared, random_direction(shared["params"], seed, k), steps) for k in range(number)]
     each = torch.stack(found) - surface.loss(shared)  # (m, T)
     deviation = each.std(0) if number > 1 else torch.full_like(each[0], torch.nan)
@@ -193,6 +210,13 @@ def random_direction(params: Params, seed: int, number: int = 0) -> Params:
         return direction
 
     return {name: drawn(name, leaf) for name, leaf in params.items()}
+
+
+def _check_shared(shared: Tree) -> None:
+    if "params" not in shared:
+        raise ValueError(
+            f'shared must be {{"params": the parameters, ...}}, got the keys {", ".join(shared) or "none"}'
+        )
 
 
 def _along(surface: Surface, shared: Tree, direction: Params, steps: Sequence[float]) -> Tensor:

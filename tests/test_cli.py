@@ -91,6 +91,12 @@ def test_a_run_without_an_evaluation_is_done_too(folder):
     assert directory(result).startswith("elsewhere/small/")
 
 
+def test_one_round_is_not_several(folder):
+    result = call("run", "small.toml", "--set", "rounds=1")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-3].endswith("after 1 round")
+
+
 def test_a_run_for_each_seed_ends_with_a_comparison(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fedsim", "run", "--seeds", "0", "1", "2", "small.toml", "--set", "rounds=1"])
     with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from clients.sgd import Sgd
 from fedsim.client import Client
-from fedsim.config import ConfigError, assemble, read
+from fedsim.config import ConfigError, assemble, locate, read
 from fedsim.engines.local import Sequential
 from fedsim.files import read_lines
 from fedsim.job import Plan, Result
@@ -370,6 +371,29 @@ def test_a_run_that_cannot_begin_leaves_no_directory(folder):
         with pytest.raises(ConfigError, match=told):
             run(wrong)
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "part", "told"),
+    [
+        ({"use": "leave_one_out", "validation": False}, "validation", "set split.validation = true, or evaluate"),
+        ({"use": "divide"}, "validation", 'set split.use = "leave_one_out", or evaluate'),
+        ({"use": "divide"}, "test", 'set split.use = "leave_one_out", or evaluate'),
+    ],
+)
+def test_where_nothing_is_held_out_to_rank_the_setting_that_holds_it_out_is_told(folder, split, part, told):
+    wrong = tomllib.loads(locate("mostpop/latent-factors").read_text(encoding="utf-8")) | {"split": split}
+    wrong["clients"]["evaluate"]["part"] = part
+    with pytest.raises(ConfigError, match=told):
+        run(wrong)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_where_nothing_is_held_out_the_part_that_is_evaluated_is_told(folder, part):
+    nothing = {"use": "fedsim.data.federation:divide"}
+    clients = tables()["clients"] | {"evaluate": {"use": "evaluate", "part": part}}
+    with pytest.raises(ConfigError, match=rf"set split\.{part} \(0.2, say\)"):
+        run(tables(split=nothing, clients=clients, evaluate_every=1))
 
 
 def test_a_folder_in_which_no_directory_can_be_made_is_told(folder):

@@ -296,6 +296,22 @@ def test_without_any_example_there_is_no_loss(classification):
         scattered(surface(model, federation), {"params": model.params}, [0.1], number=0)
 
 
+def test_a_negative_radius_is_refused_by_its_place_and_a_negative_step_is_another_direction():
+    model, federation, _ = bowl()
+    here = surface(model, federation)
+    with pytest.raises(ValueError, match=r"radii\[1\] must be >= 0, got -0.1"):
+        ascent(here, at(*POINT), [0.1, -0.1])
+    there_and_back = scattered(here, at(*POINT), [-0.5, 0.0, 0.5], number=1).each[0]
+    assert there_and_back[1] == 0 and there_and_back[0] != there_and_back[2]
+
+
+@pytest.mark.parametrize("rises", [ascent, scattered])
+def test_bare_parameters_are_told_from_what_clients_are_sent(rises):
+    model, federation, _ = bowl()
+    with pytest.raises(ValueError, match=r'shared must be {"params": the parameters, ...}, got the keys weight'):
+        rises(surface(model, federation), at(*POINT)["params"], [0.1])
+
+
 def test_what_is_sent_besides_the_parameters_stays_as_it_is(classification):
     model, federation = classification(SIZES)
     seen = []

@@ -1,7 +1,8 @@
 """How sharp the solutions of FedRecGEL's runs are, and how much their item embeddings still change.
 
 `python -m experiments.fedrecgel.landscape runs/fedrecgel-latent-factors` measures every run in these folders at its
-last checkpoint, and prints a row for each configuration: mean and sample standard deviation over its seeds.
+last checkpoint, and prints a row for each configuration: mean and sample standard deviation over its seeds. Runs
+without a checkpoint and those of other methods are left out, which stderr tells.
 
 The loss is the mean over all users of their mean losses on the items that they were trained on and four negatives for
 each, the same for all theta and all runs; every user has the embedding that it keeps. All is computed in float64.
@@ -10,6 +11,7 @@ each, the same for all theta and all runs; every user has the embedding that it 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -110,6 +112,17 @@ def configurations(folders: Sequence[Path]) -> Iterator[tuple[str, list[Path]]]:
         yield ", ".join([name, *told]), [record.path for record in group]
 
 
+def measurable(paths: Sequence[Path], radii: Sequence[float], steps: Sequence[float]) -> dict[str, dict[str, float]]:
+    """The numbers of each run; those that failed early, or are of another method, are left out, which stderr tells."""
+    found = {}
+    for path in paths:
+        try:
+            found[str(path)] = landscape(path, radii, steps)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"left out: {error if str(path) in str(error) else f'{path}: {error}'}", file=sys.stderr)
+    return found
+
+
 def as_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Mean and sample standard deviation over seeds, in Markdown."""
     columns = list(dict.fromkeys(column for rows in found.values() for row in rows for column in row))
@@ -134,10 +147,10 @@ def main() -> None:
     parser.add_argument("--steps", type=float, nargs="+", default=STEPS)
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers of each run")
     asked = parser.parse_args()
-    found = {
-        name: {str(path): landscape(path, asked.radii, asked.steps) for path in paths}
-        for name, paths in configurations(asked.runs)
-    }
+    each = {name: measurable(paths, asked.radii, asked.steps) for name, paths in configurations(asked.runs)}
+    found = {name: rows for name, rows in each.items() if rows}
+    if not found:
+        sys.exit("none of the runs can be measured")
     if asked.out is not None:
         asked.out.write_text(json.dumps(found, indent=1))
     print(as_table({name: list(rows.values()) for name, rows in found.items()}))

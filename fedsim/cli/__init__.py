@@ -30,6 +30,7 @@ from fedsim.ranking import beside, foremost
 from fedsim.report import compare as compare_runs
 from fedsim.report import write_report
 from fedsim.report.comparison import as_table
+from fedsim.report.formats import several
 from fedsim.runs import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -186,7 +187,7 @@ def _closing(result: Result) -> None:
     shown = [name for name in ("test/accuracy", "clients/accuracy", *ranked) if _has(result, name)]
     words = [f"{name} {result.last(name):.4f}" for name in shown]
     ended = ", converged" if result.metrics and "converged" in result.metrics[-1] else ""
-    out.print(f"{'  '.join(words) or 'done'}  after {len(result.metrics)} rounds{ended}")
+    out.print(f"{'  '.join(words) or 'done'}  after {several(len(result.metrics), 'round')}{ended}")
     if popular := [f"{name} {result.last(beside(name)):.4f}" for name in ranked if _has(result, beside(name))]:
         out.print(f"MostPop {'  '.join(popular)}")
     out.print(f"run     {result.path}")
@@ -208,7 +209,7 @@ def _app_closing(outcome: Outcome) -> None:
     if outcome.failed:
         last = outcome.failed[-1]
         where = f"{last.message_type} of partition {last.partition} in round {last.round}"
-        out.print(f"failed   {len(outcome.failed)} messages; the last, {where}: {last.error}")
+        out.print(f"failed   {several(len(outcome.failed), 'message')}; the last, {where}: {last.error}")
 
 
 def _has(result: Result, name: str) -> bool:

@@ -16,6 +16,7 @@ ROLES = ("user", "item", "rating", "time")
 PASSED_OVER = "-"
 BLOCK = 512  # lines whose text is held at once: so few that Python's search for garbage never comes upon them
 
+_TIME = "a number, such as seconds since 1970 (Unix time; no dates)"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -69,8 +70,9 @@ def _layout(where: str, first: Line, columns: Sequence[str] | Mapping[str, str] 
         if header and cell in ROLES and cell != name:
             raise ValueError(f"{where}, line {line}: the header has {cell!r} where columns = {names} has {name!r}")
         if not header and name in ("rating", "time") and cell and not _is_number(cell):
+            wanted = _TIME if name == "time" else "a number"
             raise ValueError(
-                f"{where}, line {line}, column {name}: expected a number, got {cell!r}; if the line is a header, say "
+                f"{where}, line {line}, column {name}: expected {wanted}, got {cell!r}; if the line is a header, say "
                 "header = true"
             )
     return _Layout(where, places, len(names))
@@ -136,5 +138,5 @@ def _times(table: Table, column: str) -> NDArray[np.int64] | NDArray[np.float64]
     try:
         return table.columns[column].astype(np.int64)
     except (ValueError, OverflowError):
-        values = table.numbers(column)
+        values = table.numbers(column, _TIME)
     return values.astype(np.int64) if (values == np.rint(values)).all() and abs(values).max() < 2**53 else values

@@ -19,14 +19,14 @@ class Table:
     columns: dict[str, NDArray[np.str_]]  # (E,) each
     lines: NDArray[np.int64]  # (E,) where in the file each row stands
 
-    def numbers(self, column: str) -> NDArray[np.float64]:
-        """A column of finite numbers, (E,)."""
+    def numbers(self, column: str, wanted: str = "a number") -> NDArray[np.float64]:
+        """A column of finite numbers, (E,); `wanted` says in the error what they are."""
         cells = self.columns[column]
         try:
             values = cells.astype(np.float64)
         except ValueError:
             values = np.array([_number(cell) for cell in cells])
-        self.refuse(column, ~np.isfinite(values), "a number")
+        self.refuse(column, ~np.isfinite(values), wanted)
         return values
 
     def integers(self, column: str) -> NDArray[np.int64]:

@@ -44,7 +44,7 @@ def duration(seconds: float) -> str:
     """Seconds as time: "3.2 ms", "0.81 s", "1 min 20 s", "2 h 5 min", "3 d 4 h"."""
     if not math.isfinite(seconds):
         return NONE
-    if 0 < seconds < 0.1:
+    if 0 < seconds < 0.0995:  # what is more would be 100 ms, of three digits
         return f"{seconds * 1000:.2g} ms"
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,13 @@ def recommendations(record: RunRecord) -> list[Fact]:
         if found is not None:
             popular = _popular(record, told)
             best = f"best {measure(found.best)}, round {count(found.best_round or 0)}" if found.best is not None else ""
-            facts.append(Fact(told.label, measure(found.last), best if popular is None else f"MostPop {popular:.3f}"))
+            facts.append(
+                Fact(
+                    told.label + _part(record),
+                    measure(found.last),
+                    best if popular is None else f"MostPop {popular:.3f}",
+                )
+            )
     return facts
 
 
@@ -69,6 +75,8 @@ def recommendation(record: RunRecord) -> Section | None:
         "HR@K is how often a user’s held-out item is among the first K, NDCG@K counts it by its place; ties count "
         "against it. MostPop proposes to everybody what most users have: what it reaches needs no learning."
     )
+    if _part(record):
+        note += " Here the held-out item is the one for validation, not the one for testing."
     if not any(name.startswith(MOSTPOP) for name in names):
         note += " It is not known here, for that takes the data of all users."
     groups = {kind: some for kind in _KINDS if (some := by_kind(record, kind))}
@@ -129,6 +137,14 @@ def _check(record: RunRecord, name: str, wrong: NDArray[np.bool_], allowed: str)
 def _measured(record: RunRecord) -> list[str]:
     """The metrics of the clients' own parts, by their own names."""
     return [name.removeprefix("clients/") for name in record.metrics if name.startswith("clients/")]
+
+
+def _part(record: RunRecord) -> str:
+    """Which held-out item is put in order, where it is that for validation; empty for the test item."""
+    told: Any = record.experiment
+    for key in ("clients", "evaluate", "part"):
+        told = told.get(key) if isinstance(told, dict) else None
+    return " (validation)" if told == "validation" else ""
 
 
 def _popular(record: RunRecord, told: Measure) -> float | None:

@@ -209,6 +209,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 LONG = "1,a,5,9\n" * (BLOCK + 1)
+TIME = "expected a number, such as seconds since 1970 (Unix time; no dates)"
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,10 @@ LONG = "1,a,5,9\n" * (BLOCK + 1)
         ("1;a;4,5;9\n", {"delimiter": ";"}, "line 1, column rating: expected a number, got '4,5'"),
         ("1,a,inf,9\n", {}, "line 1, column rating: expected a number, got 'inf'"),
         ("1,a,5,9\n2,b,-1e300,9\n", {}, "line 2, column rating: expected a number of at most 3.4e+38, got '-1e300'"),
-        ("1,a,5,9\n\n\n2,b,5,2024-01-01\n", {}, "line 4, column time: expected a number, got '2024-01-01'"),
-        ("1,a,5,NaN\n", {}, "line 1, column time: expected a number, got 'NaN'"),
-        (LONG + "2,b,5,x\n", {}, f"line {BLOCK + 2}, column time: expected a number, got 'x'"),
+        ("1,a,5,9\n\n\n2,b,5,2024-01-01\n", {}, f"line 4, column time: {TIME}, got '2024-01-01'"),
+        ("1,a,5,NaN\n", {}, f"line 1, column time: {TIME}, got 'NaN'"),
+        (LONG + "2,b,5,x\n", {}, f"line {BLOCK + 2}, column time: {TIME}, got 'x'"),
+        ("1,a,5,2024-01-01T00:00:00Z\n", {}, f"line 1, column time: {TIME}, got '2024-01-01T00:00:00Z'; if"),
         ("1,a,5,9\n, b,5,9\n", {}, "line 2, column user: expected an id, got ''"),
         ("1,a,5,9\n2,  ,5,9\n", {}, "line 2, column item: expected an id, got ''"),
         (

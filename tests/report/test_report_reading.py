@@ -174,4 +174,6 @@ def test_numbers_are_written_for_people():
     assert [duration(x) for x in (0.0032, 0.81, 12.34, 59.97, 80, 7500, 100 * 3600)] == [
         *("3.2 ms", "0.81 s", "12.3 s", "1 min", "1 min 20 s", "2 h 5 min", "4 d 4 h")
     ]
+    assert [duration(x) for x in (0.0994, 0.0995, 0.0999, 0.1)] == ["99 ms", "0.10 s", "0.10 s", "0.10 s"]
+    assert not any("e" in duration(milliseconds / 10_000) for milliseconds in range(1, 2000))
     assert count(1_000_000) == "1,000,000"

@@ -117,6 +117,14 @@ def test_each_table_has_a_row_of_mostpop_and_so_has_the_headline(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("part", "told"), [("validation", " (validation)"), ("test", "")])
+def test_what_is_measured_on_validation_items_is_told_to_be(tmp_path, part, told):
+    record = read_run(make(tmp_path, extra=f'[clients.evaluate]\npart = "{part}"\n'))
+    assert [fact[0] for fact in recommendations(record)] == [f"HR@10{told}", f"NDCG@10{told}"]
+    found = recommendation(record)
+    assert found is not None and ("the one for validation" in found.note) == bool(told)
+
+
 def test_where_popularity_is_not_known_there_is_no_mostpop_and_no_error(tmp_path):
     without = eight()
     del without["mostpop_hr_10"], without["popularity"]
@@ -357,3 +365,20 @@ def test_runs_without_it_and_runs_that_do_not_recommend_have_no_such_row(tmp_pat
 def test_of_two_runs_that_know_it_and_one_that_does_not_the_row_is_of_the_two(tmp_path):
     paths = [make(tmp_path / str(seed), seed=seed, popular=None if seed == 3 else 0.28) for seed in (1, 2, 3)]
     assert rows(paths)["MostPop"][-1] == "n=2"
+
+
+def test_who_measures_less_of_the_same_data_shares_its_row(tmp_path):
+    every = make(tmp_path / "all", extra="[clients.evaluate]\nfull = true\nat = [5, 10]\n")
+    less = make(tmp_path / "less", extra="[clients.evaluate]\nfull = false\nat = [10]\n", measured=("hr_10", "ndcg_10"))
+    for paths in ([every, less], [less, every]):
+        (popular,) = (row for row in as_table(compare(paths)).rows if row[0].startswith("MostPop"))
+        assert popular[0] == "MostPop" and {"0.280", "0.290", "0.300"} <= set(popular)
+
+
+def test_namesakes_of_one_seed_are_told_apart_by_what_differs(tmp_path):
+    paths = [
+        make(tmp_path / str(number), extra=f"[split]\nnegatives = {number}\n", popular=1 / number) for number in (9, 99)
+    ]
+    assert [row.name for row in compare(paths).references] == ["MostPop, negatives = 9", "MostPop, negatives = 99"]
+    paths = [make(tmp_path / f"x{some}", extra=f"[model]\ndim = {some}\n", popular=1 / some) for some in (4, 8)]
+    assert [row.name for row in compare(paths).references] == ["MostPop, seed 1, dim = 4", "MostPop, seed 1, dim = 8"]

@@ -95,3 +95,22 @@ def test_a_run_of_another_method_is_refused_and_so_is_one_that_has_not_got_far(t
     begun = Run.create(tmp_path, "begun", 1, resolve(*read("fedrecgel/latent-factors", SMALL)).toml(), {}).path
     with pytest.raises(FileNotFoundError, match="has no checkpoint: there is nothing to measure yet"):
         landscape.landscape(begun)
+
+
+def test_what_cannot_be_measured_is_left_out_of_the_table_and_told(tmp_path, monkeypatch, capsys):
+    begun = Run.create(
+        tmp_path / "begun", "begun", 1, resolve(*read("fedrecgel/latent-factors", SMALL)).toml(), {}
+    ).path
+    other = Run.create(tmp_path / "other", "other", 1, resolve(*read("fedavg/digits")).toml(), {}).path
+    monkeypatch.setattr(sys, "argv", ["landscape", str(begun), str(other)])
+    with pytest.raises(SystemExit, match="none of the runs can be measured"):
+        landscape.main()
+    good = train(tmp_path, 0.0, 1, number=1)
+    monkeypatch.setattr(sys, "argv", ["landscape", str(begun), str(other), str(good), "--radii", "0.1"])
+    capsys.readouterr()
+    landscape.main()
+    told = capsys.readouterr()
+    assert [line.split("|")[2] for line in told.out.strip().splitlines()[2:]] == [" 1 "]
+    assert (
+        f"left out: {begun} has no checkpoint" in told.err and f"left out: {other}: clients.train is a Sgd" in told.err
+    )
