@@ -229,8 +229,6 @@ def _evaluated(assembly: Assembly, plan: Plan) -> dict[str, tuple[Engine, Sequen
 
 def _holding_out(assembly: Assembly) -> str:
     """The setting by which there would be something to evaluate on."""
-    if {"user", "item"} <= assembly.federation.columns.keys():  # ratings that only `divide` has seen
-        return 'split.use = "leave_one_out"'
     client = assembly.clients["evaluate"]
     ranks = isinstance(client, RankItems) and client.part == "validation"
     return "split.validation = true" if ranks else f"split.{client.split} (0.2, say)"

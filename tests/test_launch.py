@@ -377,8 +377,8 @@ def test_a_run_that_cannot_begin_leaves_no_directory(folder):
     ("split", "part", "told"),
     [
         ({"use": "leave_one_out", "validation": False}, "validation", "set split.validation = true, or evaluate"),
-        ({"use": "divide"}, "validation", 'set split.use = "leave_one_out", or evaluate'),
-        ({"use": "divide"}, "test", 'set split.use = "leave_one_out", or evaluate'),
+        ({"use": "divide"}, "validation", 'needs a column y; .*: set split.use = "leave_one_out"'),
+        ({"use": "divide"}, "test", 'needs a column y; .*: set split.use = "leave_one_out"'),
     ],
 )
 def test_where_nothing_is_held_out_to_rank_the_setting_that_holds_it_out_is_told(folder, split, part, told):

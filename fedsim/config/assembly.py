@@ -125,9 +125,11 @@ def _supply(
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
     for name, client in clients.items():
         if missing := [column for column in client.needs if column not in federation.columns]:
+            ratings = {"user", "item"} <= federation.columns.keys()
             raise ConfigError(
                 f"clients.{name}: {locals_[name].use} needs a column {' and a column '.join(missing)}; "
                 f"{federation.name}, split by {recipes['split'].use}, has {', '.join(sorted(federation.columns))}"
+                + (': set split.use = "leave_one_out"' if ratings else "")
             )
     return context, Supplies(federation, model, clients)
 
