@@ -21,7 +21,7 @@ ROOMS = (
     {"model", "optim", "personal", "data"},
     {"networks"},
     {"engines"},
-    {"fairness", "transport", "ranking", "sharpness", "stability"},
+    {"fairness", "transport", "ranking", "forgetting", "sharpness", "stability"},
     {"evaluation"},
     {"method"},
     {"flower"},

@@ -1,0 +1,81 @@
+"""New memories: rows that sum to one, no forbidden class, and nothing of what a random network favours."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from fedsim.forgetting import debiased, fresh, masked, new_memories
+from fedsim.model import Model
+
+
+def perceptron(seed=0):
+    torch.manual_seed(seed)
+    return Model(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)))
+
+
+@pytest.fixture(scope="module")
+def threes():
+    digits = load_digits()
+    return torch.tensor(digits.data[digits.target == 3] / 16, dtype=torch.float32)
+
+
+def test_a_random_network_favours_some_classes_and_debiased_it_does_not(threes):
+    model = perceptron()
+    for seed in range(1, 21):
+        raw = model.predict(fresh(model, seed), {"x": threes}).softmax(1)
+        clean = debiased(raw)
+        assert float((raw.mean(0) - 0.1).abs().max()) > 0.005, "or there were nothing to take out"
+        assert float((clean.mean(0) - 0.1).abs().max()) < 2e-6
+        torch.testing.assert_close(clean.sum(1), torch.ones(len(threes)), rtol=0, atol=1e-6)
+
+
+def test_new_memories_are_laws_over_the_other_classes(threes):
+    forbidden = torch.full((len(threes),), 3)
+    q = new_memories(perceptron(), threes, forbidden, seeds=[7, 8, 9])
+    torch.testing.assert_close(q.sum(1), torch.ones(len(threes)), rtol=0, atol=1e-6)
+    assert not q[:, 3].any() and (q >= 0).all()
+    others = [k for k in range(10) if k != 3]
+    assert float((q[:, others] - 1 / 9).abs().max()) < 0.02, "teachers of default networks are nearly uniform"
+    sharp = new_memories(perceptron(), threes, forbidden, seeds=[7, 8, 9], temperature=0.01)
+    assert float(sharp.max()) > 0.3, "and differ once they are sharpened"
+
+
+def test_each_input_has_its_own_forbidden_class():
+    found = masked(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), torch.tensor([0, 1, 1]))
+    expected = torch.tensor([[0, 0.5, 0.5], [2 / 3, 0, 1 / 3], [0.5, 0, 0.5]])  # uniform where nothing else was likely
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_input_has_a_uniform_memory(threes):
+    q = new_memories(perceptron(), threes[:1], torch.tensor([3]), seeds=[1], temperature=0.1)
+    torch.testing.assert_close(q[0, [0, 1, 9]], torch.full((3,), 1 / 9))
+
+
+def test_teachers_are_drawn_by_their_seed_and_are_not_the_model():
+    model = perceptron()
+    one, same, other = (fresh(model, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(leaf, same[name]) for name, leaf in one.items())
+    for different in (other, model.params):
+        assert not torch.equal(one["0.weight"], different["0.weight"])
+    torch.manual_seed(0)
+    assert torch.equal(fresh(model, 0)["0.weight"], nn.Linear(64, 64).weight), "torch's own first parameters"
+
+
+def test_what_cannot_be_drawn_anew_is_refused(threes):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(10))
+
+        def forward(self, x):
+            return x[:, :10] * self.scale
+
+    with pytest.raises(ValueError, match=r"model's module has scale and no reset_parameters\(\)"):
+        fresh(Model(Odd()), 1)
+    with pytest.raises(ValueError, match=r"model's 0 has scale"):
+        fresh(Model(nn.Sequential(Odd())), 1)
+    with pytest.raises(ValueError, match="seeds must name a teacher at least, got none"):
+        new_memories(perceptron(), threes, torch.full((len(threes),), 3), seeds=[])
+    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+        new_memories(perceptron(), threes, torch.full((len(threes),), 3), seeds=[1], temperature=0)
