@@ -43,6 +43,14 @@ class Client(ABC):
         """Whether `start`, `step` or `finish` draw from torch's generator, which is seeded: as its model does."""
         return bool(getattr(getattr(self, "model", None), "stochastic", False))
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the column "step" that `prepare` makes says at which step each example is visited, from 0 on.
+
+        Else every epoch visits all examples in a fresh order, `batch_size` at a time.
+        """
+        return False
+
     def memory(self, shared: Tree, examples: int) -> int:
         """Bytes that one client with so many examples takes up while it runs; on a CPU it decides how many run at once.
 

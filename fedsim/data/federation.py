@@ -160,3 +160,24 @@ def schedule(
             alive = index < steps
             plan[alive, epoch * steps[alive] + index] = cut[alive]
     return plan[:, : epochs * int(steps.max(initial=0))]
+
+
+def planned(steps: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same where it is said of each example at which step it is visited, (C, n), of each client's first `sizes`.
+
+    Raises:
+        ValueError: a step is below 0.
+    """
+    there = np.arange(steps.shape[1]) < sizes[:, None]
+    if (steps[there] < 0).any():
+        raise ValueError(f"column step: steps are counted from 0, got {steps[there].min()}")
+    client, example = np.nonzero(there)
+    step = steps[client, example]
+    order = np.lexsort((example, step, client))
+    client, example, step = client[order], example[order], step[order]
+    begins = np.flatnonzero(np.diff(client, prepend=-1) | np.diff(step, prepend=-1))
+    length = np.diff(begins, append=len(step))
+    place = np.arange(len(step)) - np.repeat(begins, length)  # in its batch
+    plan = np.full((len(sizes), step.max(initial=-1) + 1, length.max(initial=0)), -1, dtype=np.int64)
+    plan[client, step, place] = example
+    return plan

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.data.federation import Federation, schedule
+from fedsim.data.federation import Federation, planned, schedule
 from fedsim.engines.device import CPU, find
 from fedsim.engines.engine import Local, client_for
 from fedsim.engines.gathering import Gathering
@@ -39,13 +40,24 @@ def alone(engine: Local, task: Task, personal: Tree, data: Batch, ident: int) ->
     client = client_for(task, engine.residents)
     sizes = np.array([length(data)])
     data = data | {"mask": torch.ones(int(sizes[0]), dtype=torch.bool)}
-    plan = schedule(sizes, client.epochs, client.batch_size, engine.seed, task.round, [ident])[0]  # (T, B)
+    plan = visits(engine, client, data, sizes, task.round, [ident])[0]  # (T, B)
     rows = [torch.from_numpy(step[step >= 0]).to(engine.place) for step in plan]
     reply = client.run(task.shared, personal, data, rows)
     if not isinstance(reply, Reply):
         raise TypeError(f"finish must return a Reply, got {type(reply).__name__}")
     tree.leaves(reply._asdict())  # raises where something in it is no tensor
     return Reply(**tree.map(_one, reply._asdict()))
+
+
+def visits(
+    engine: Local, client: Client, data: Batch, sizes: NDArray[np.int64], round: int, ids: Sequence[int]
+) -> NDArray[np.int64]:
+    """Which example each client visits at which step, (C, T, B), -1 where none."""
+    if not client.ordered:
+        return schedule(sizes, client.epochs, client.batch_size, engine.seed, round, ids)
+    if "step" not in data:
+        raise ValueError(f"{type(client).__name__} is `ordered`, so its `prepare` must make a column step")
+    return planned(data["step"].cpu().numpy().reshape(len(sizes), -1), sizes)
 
 
 def _one(leaf: torch.Tensor | tree.Rows) -> torch.Tensor | tree.Rows:

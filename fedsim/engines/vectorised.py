@@ -10,11 +10,11 @@ from torch import nn
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.data.federation import Federation, schedule
+from fedsim.data.federation import Federation
 from fedsim.engines.device import find, fitting, free, on, peak
 from fedsim.engines.engine import Answer, Item, Local, Shared, client_for, pick
 from fedsim.engines.gathering import Gathering, Part
-from fedsim.engines.sequential import alone, length, prepare
+from fedsim.engines.sequential import alone, length, prepare, visits
 from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
 from fedsim.task import Batch, Cohort, Reply, Task
@@ -174,7 +174,7 @@ class Vectorised(Local):
         padded = _pad([tables[ident] for ident in cohort.ids]) if tables else None
         data = padded or self.tables.table(cohort.ids, client.split)
         sizes = data["mask"].sum(1).cpu().numpy()
-        rows = schedule(sizes, client.epochs, client.batch_size, self.seed, task.round, cohort.ids)
+        rows = visits(self, client, data, sizes, task.round, cohort.ids)
         return client.run_cohort(task.shared, cohort.personal, data, torch.from_numpy(rows).to(self.place))
 
     def _measured(self, task: Task, longest: int, ident: int) -> int:

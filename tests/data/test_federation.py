@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedsim.data.dataset import Dataset, joint_labels
-from fedsim.data.federation import Federation, Partition, divide, schedule
+from fedsim.data.federation import Federation, Partition, divide, planned, schedule
 
 SIZES = np.array([20, 0, 1, 2, 57, 10])
 NAMES = {"y": ("no", "yes")}
@@ -317,3 +317,14 @@ def test_joint_labels_number_group_and_label_together():
     assert made.names["ay"] == ("x, no", "x, yes", "y, no", "y, yes", "z, no", "z, yes")
     with pytest.raises(ValueError, match="toy names no values of a: joint labels need both"):
         joint_labels(Dataset("toy", columns, names={"y": ("no", "yes")}))
+
+
+def test_examples_are_visited_at_the_steps_that_they_name():
+    steps = np.array([[0, 2, 0, 1, 9], [1, 1, 1, 0, 0], [5, 5, 5, 5, 5]])
+    plan = planned(steps, np.array([4, 5, 0]))
+    assert plan[0].tolist() == [[0, 2, -1], [3, -1, -1], [1, -1, -1]], "the fifth is padding"
+    assert plan[1].tolist() == [[3, 4, -1], [0, 1, 2], [-1, -1, -1]]
+    assert (plan[2] == -1).all()
+    assert planned(np.zeros((2, 0), dtype=np.int64), np.array([0, 0])).shape == (2, 0, 0)
+    with pytest.raises(ValueError, match="column step: steps are counted from 0, got -1"):
+        planned(np.array([[0, -1]]), np.array([2]))

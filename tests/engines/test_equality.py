@@ -15,6 +15,7 @@ from clients.fedfact import FairSgd
 from clients.fedmf import factors
 from clients.fedrecgel import OWN, DualSam
 from clients.fedrecgel_loss import UserLoss
+from clients.forget import ForgetWhileTraining
 from clients.ncf import scorer
 from clients.penalty import PenalisedAdam
 from clients.pfedrec import TABLE, DualPersonal
@@ -48,6 +49,14 @@ class Resampling(Sgd):
         chosen = torch.randint(max(size, 1), (drawn,), generator=rng)
         noise = torch.randn(drawn, 5, generator=rng).to(examples["x"].dtype)
         return {"x": examples["x"][chosen] + 0.1 * noise, "y": examples["y"][chosen]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting(ForgetWhileTraining):
+    """Forgets one of the groups."""
+
+    def prepare(self, examples, rng):
+        return super().prepare(examples | {"target": examples["a"]}, rng)
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ SHIPPED = {
     "fedrecgel's loss and its slope": Shipped(
         lambda model: WithEmbedding(model=ncf(model), negatives=2, slope=True), shared_ncf
     ),
+    "forget while training": Shipped(lambda model: Forgetting(model=model, lr=0.1, epochs=2, batch_size=8)),
     "fedmf": Shipped(
         lambda model: DualSam(model=mf(model), lr=0.5, rho_shared=0, rho_own=0, rule="sgd", negatives=2),
         lambda model: {"params": {"item_factors": mf(model).params["item_factors"]}},
