@@ -553,7 +553,7 @@ UNANSWERABLE = {
     "no parameters": (
         "train",
         lambda content: content.__setitem__("arrays", ArrayRecord([np.zeros(3)])),
-        "functional_call",
+        "the model needs 0.bias",
     ),
     "another version": ("train", lambda content: content["config"].__setitem__(f"{OURS}version", 99), "version 99"),
 }
