@@ -339,7 +339,7 @@ def test_the_undamaged_base_runs(folder, tmp_path):
     result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
-    assert "after 1 rounds" in result.stdout
+    assert "after 1 round" in result.stdout
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.label[:100] for damage in DAMAGES])
