@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from clients.ncf import SPREAD
+from clients.disclosure import along, clipped, noised, norms
+from clients.ncf import ITEM, OWN, SPREAD, table_size
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.model import Model
@@ -52,7 +53,6 @@ from fedsim.ranking import draw_negatives, draw_others
 from fedsim.task import Batch, Params, Reply
 from fedsim.tree import Rows, Tree
 
-OWN, ITEM = "user_", "item_"  # how the names of a user's own parameters, and of tables with a row for each item, begin
 EVERY = slice(None)  # in the place of items: all rows of the tables
 
 
@@ -209,35 +209,12 @@ class DualSam(Client):
     def _hidden(self, sent: Params, data: Batch) -> Params:
         """What is sent, clipped and with noise."""
         if self.clip is not None:
-            factor = (self.clip / norms(sent)).clamp(max=1)
-            sent = tree.map(lambda leaf: along(factor, leaf) * leaf, sent)
+            sent = clipped(sent, self.clip)
         if not self.noise or not data["mask"].shape[1]:
             return sent
-        noise = tree.map(torch.zeros_like, sent)
-        for user, (seed, size) in enumerate(
-            zip(data["seed"][:, 0].tolist(), data["mask"].sum(1).tolist(), strict=True)
-        ):
-            rng = torch.Generator("cpu").manual_seed(seed)
-            for name, leaf in noise.items():
-                own = leaf[user, :size] if name.startswith(ITEM) else leaf[user]
-                own.copy_(self.noise * torch.randn(own.shape, generator=rng, dtype=torch.float64, device="cpu"))
-        return tree.map(torch.add, sent, noise)
-
-
-def table_size(model: Model) -> int:
-    """I, of a model with tables of items.
-
-    Raises:
-        ValueError: it has none.
-    """
-    parameters = dict(model.module.named_parameters())
-    sizes = {len(leaf) for name, leaf in parameters.items() if name.startswith(ITEM)}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"model: a recommender's model must have tables of one length whose names begin with {ITEM!r}, "
-            f"it has {', '.join(parameters) or 'no parameters'}"
-        )
-    return sizes.pop()
+        rows = data["mask"].sum(1).tolist()
+        sizes = {name: rows for name in sent if name.startswith(ITEM)}
+        return noised(sent, self.noise, data["seed"][:, 0].tolist(), sizes)
 
 
 def slopes(losses: Callable[[Tree], Tensor], at: Tree, blocks: tuple[str, ...]) -> tuple[Tensor, Tree]:
@@ -247,17 +224,6 @@ def slopes(losses: Callable[[Tree], Tensor], at: Tree, blocks: tuple[str, ...]) 
         value = losses(at | free)
         parts = iter(torch.autograd.grad(value.sum(), tree.leaves(free), materialize_grads=True))  # type: ignore[arg-type]
     return value.detach(), tree.map(lambda _: next(parts), free)
-
-
-def norms(params: Params) -> Tensor:
-    """The Euclidean norm of all that is of one user, (C,), of leaves (C, ...)."""
-    squares = [leaf.flatten(1).square().sum(1) for leaf in params.values()]
-    return torch.stack(squares).sum(0).sqrt()
-
-
-def along(factor: Tensor, leaf: Tensor) -> Tensor:
-    """A factor (C,) for leaves (C, ...)."""
-    return factor.view(-1, *[1] * (leaf.ndim - 1))
 
 
 def climbed(params: Params, slope: Params, radius: float) -> Params:

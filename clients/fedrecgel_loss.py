@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clients.fedrecgel import ITEM, once, table_size
+from clients.fedrecgel import once
+from clients.ncf import ITEM, table_size
 from fedsim.client import Client
 from fedsim.model import Model, gradient
 from fedsim.ranges import Count, Natural

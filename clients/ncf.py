@@ -27,6 +27,7 @@ from fedsim.ranges import Count, Natural, checked
 from fedsim.ranking import Scorer
 from fedsim.tree import Tree
 
+OWN, ITEM = "user_", "item_"  # how the names of a user's own parameters, and of tables with a row for each item, begin
 SPREAD = 0.01  # standard deviation of embeddings at first
 
 
@@ -74,6 +75,22 @@ def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
 def scorer(num_items: Count, dim: Count = 32, layers: Count = 3, seed: Natural = 0) -> Model:
     """Neural collaborative filtering, for `num_items` items."""
     return Model(seeded(seed, lambda: Ncf(num_items, dim, layers)), cross_entropies, inputs="item", target="y")
+
+
+def table_size(model: Model) -> int:
+    """I, of a model with tables of items.
+
+    Raises:
+        ValueError: it has none.
+    """
+    parameters = dict(model.module.named_parameters())
+    sizes = {len(leaf) for name, leaf in parameters.items() if name.startswith(ITEM)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"model: a recommender's model must have tables of one length whose names begin with {ITEM!r}, "
+            f"it has {', '.join(parameters) or 'no parameters'}"
+        )
+    return sizes.pop()
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from clients.fedrecgel import OWN
-from clients.ncf import cross_entropies
+from clients.ncf import OWN, cross_entropies
 from fedsim.client import Client
 from fedsim.model import Model, gradient
 from fedsim.networks import seeded

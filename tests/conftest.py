@@ -55,3 +55,21 @@ def quadratics():
         return Model(module, squared_error), divide(Dataset("quadratics", columns), partition)
 
     return build
+
+
+@pytest.fixture
+def overheard():
+    """A loopback grid, as a class, that keeps what came back in each round."""
+    from fedsim.flower import SimulationGrid
+
+    class Overheard(SimulationGrid):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.heard = []
+
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            self.heard.append(replies)
+            return replies
+
+    return Overheard

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from clients.fedrecgel import OWN, DualSam
-from clients.ncf import scorer
+from clients.fedrecgel import DualSam
+from clients.ncf import OWN, scorer
 from experiments.benchmarks.measuring import spread
 from fedsim import tree
 from fedsim.data.datasets import movielens_100k

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.fedrecgel import ITEM, DualSam
+from clients.fedrecgel import DualSam
 from clients.fedrecgel_loss import user_losses
+from clients.ncf import ITEM
 from fedsim import tree
 from fedsim.config import assemble, read
 from fedsim.engines.local import auto

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from clients.fedrecgel import OWN, DualSam, climbed, once
-from clients.ncf import scorer
+from clients.fedrecgel import DualSam, climbed, once
+from clients.ncf import OWN, scorer
 from fedsim import tree
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised

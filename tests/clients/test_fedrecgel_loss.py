@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from clients.fedrecgel import ITEM, OWN, DualSam
+from clients.fedrecgel import DualSam
 from clients.fedrecgel_loss import UserLoss, user_losses
-from clients.ncf import scorer
+from clients.ncf import ITEM, OWN, scorer
 from fedsim import tree
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from clients.fedrecgel import OWN
+from clients.ncf import OWN
 from clients.pfedrec import TABLE, DualPersonal, OwnScores, placed, scorer
 from fedsim import tree
 from fedsim.data.federation import Federation, schedule

@@ -13,10 +13,10 @@ import torch
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
 from clients.fedmf import factors
-from clients.fedrecgel import OWN, DualSam
+from clients.fedrecgel import DualSam
 from clients.fedrecgel_loss import UserLoss
 from clients.forget import ForgetWhileTraining
-from clients.ncf import scorer
+from clients.ncf import OWN, scorer
 from clients.penalty import PenalisedAdam
 from clients.pfedrec import TABLE, DualPersonal
 from clients.pfedrec import scorer as layer

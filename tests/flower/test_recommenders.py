@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 
 from clients.mostpop import TellItems, nothing
 from clients.pfedrec import DualPersonal, scorer
@@ -12,7 +12,7 @@ from fedsim import tree
 from fedsim.data.datasets import latent_factor_ratings
 from fedsim.data.partition import by_column
 from fedsim.engines.local import Sequential, Vectorised
-from fedsim.flower import ClientNodes, SimulationGrid
+from fedsim.flower import ClientNodes
 from fedsim.flower.codec import decode_reply
 from fedsim.personal import Personal
 from fedsim.ranking import leave_one_out, popularity
@@ -24,41 +24,28 @@ from strategies.pfedrec import PFedRec
 USERS, ITEMS = 12, 90
 
 
-class Overheard(SimulationGrid):
-    """A loopback grid that keeps what came back."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.heard: list[list[Message]] = []
-
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = list(super().send_and_receive(messages, timeout=timeout))
-        self.heard.append(replies)
-        return replies
-
-
 @pytest.fixture(scope="module")
 def federation():
     data = latent_factor_ratings(users=USERS, items=ITEMS)
     return leave_one_out(data, by_column(data.columns, column="user"), negatives=9)
 
 
-def through_the_grid(strategy, model, client, engine, federation, number):
+def through_the_grid(overheard, strategy, model, client, engine, federation, number):
     """The state of our own loop after so many rounds, Flower's result, and what the nodes answered in the first."""
     here = engine(federation, {"train": client}, 3)
     start = begin(strategy, model.params, {"train": client}, USERS, 3)
     *_, last = islice(rounds(strategy, here, everyone(USERS), start), number)
-    grid = Overheard(ClientNodes(here, Personal({"train": client}, USERS, 3)), USERS, 3)
+    grid = overheard(ClientNodes(here, Personal({"train": client}, USERS, 3)), USERS, 3)
     result = strategy.start(grid=grid, initial_arrays=ArrayRecord(model.module.state_dict()), num_rounds=number)
     return last.snapshot.state, result, [decode_reply(message.content) for message in grid.heard[0]]
 
 
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
-def test_pfedrec(federation, engine):
+def test_pfedrec(federation, overheard, engine):
     model = scorer(ITEMS, dim=4)
     model.module.double()
     client = DualPersonal(model=model, lr=0.1, lr_eta=1, batch_size=16)
-    state, result, answers = through_the_grid(PFedRec(), model, client, engine, federation, 3)
+    state, result, answers = through_the_grid(overheard, PFedRec(), model, client, engine, federation, 3)
     found = {name: torch.from_numpy(array.numpy().copy()) for name, array in result.arrays.items()}
     for name, leaf in state["params"].items():
         torch.testing.assert_close(found[name], leaf, rtol=1e-9, atol=1e-12)
@@ -68,9 +55,11 @@ def test_pfedrec(federation, engine):
 
 
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
-def test_mostpop(federation, engine):
+def test_mostpop(federation, overheard, engine):
     strategy = MostPop(ITEMS, USERS)
-    state, _, answers = through_the_grid(strategy, nothing(), TellItems(num_items=ITEMS), engine, federation, 1)
+    state, _, answers = through_the_grid(
+        overheard, strategy, nothing(), TellItems(num_items=ITEMS), engine, federation, 1
+    )
     assert torch.equal(state["popularity"].long(), popularity(federation).long())
     sent = sum(tree.Rows(a.update["popularity"].index, a.update["popularity"].values, ITEMS).dense() for a in answers)
     assert torch.equal(sent, state["popularity"])

@@ -6,18 +6,18 @@ from itertools import islice
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from clients.fedrecgel import OWN, DualSam
-from clients.ncf import ModelScores, scorer
+from clients.fedrecgel import DualSam
+from clients.ncf import OWN, ModelScores, scorer
 from fedsim import tree
 from fedsim.data.datasets import latent_factor_ratings
 from fedsim.data.partition import by_column
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.engines.sequential import prepare
 from fedsim.evaluation import evaluate
-from fedsim.flower import ClientNodes, SimulationGrid
+from fedsim.flower import ClientNodes
 from fedsim.flower.codec import decode_reply
 from fedsim.personal import Personal
 from fedsim.ranking import RankItems, leave_one_out
@@ -218,24 +218,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
 # However it is run.
 
 
-class Overheard(SimulationGrid):
-    """A loopback grid that keeps what came back."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.heard: list[list[Message]] = []
-
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = list(super().send_and_receive(messages, timeout=timeout))
-        self.heard.append(replies)
-        return replies
-
-
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
-def test_through_flowers_grid_it_does_what_it_does_here_and_sends_rows_of_the_round_only(engine):
+def test_through_flowers_grid_it_does_what_it_does_here_and_sends_rows_of_the_round_only(engine, overheard):
     strategy, model, clients, here = method(engine=engine)
     *_, last = steps(strategy, here, model, clients, 3)
-    grid = Overheard(ClientNodes(here, Personal(clients, 12, 3)), 12, 3)
+    grid = overheard(ClientNodes(here, Personal(clients, 12, 3)), 12, 3)
     result = strategy.start(grid=grid, initial_arrays=ArrayRecord(model.module.state_dict()), num_rounds=3)
     found = {name: torch.from_numpy(array.numpy().copy()) for name, array in result.arrays.items()}
     for name, leaf in last.snapshot.state["params"].items():
