@@ -9,9 +9,10 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date, time
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 HOME = Path(__file__).resolve().parents[2]  # where fedsim, strategies, clients and experiments lie side by side
@@ -124,6 +125,13 @@ def _place(source: str, base: Path | None) -> Path | None:
         return None
 
 
+class _Source(SourceFileLoader):
+    """Reads the source itself: bytecode of a file that is written twice in a second is that of the first."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _load_file(source: str, here: str, base: Path | None) -> ModuleType:
     """The module in a file; one and the same for as long as the file's content is."""
     path = _place(source, base)
@@ -137,7 +145,7 @@ def _load_file(source: str, here: str, base: Path | None) -> ModuleType:
     name = f"fedsim_plugin_{path.stem}_{identity}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     if spec is None or spec.loader is None:
         raise ConfigError(f"{here}: {path} cannot be read as Python")
     module = importlib.util.module_from_spec(spec)
