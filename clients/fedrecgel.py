@@ -109,7 +109,7 @@ class DualSam(Client):
         """I."""
         return table_size(self.model)
 
-    def memory(self, shared: Tree, examples: int) -> int:
+    def footprint(self, shared: Tree, examples: int) -> int:
         """What a user's rows take up: of tables their own, not all."""
         rows = examples * (1 + self.negatives) + self.decoys
         params = shared["params"]

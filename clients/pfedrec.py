@@ -101,7 +101,7 @@ class DualPersonal(Client):
         """The rule of a step of the score layer."""
         return sgd(self.lr)
 
-    def memory(self, shared: Tree, examples: int) -> int:
+    def footprint(self, shared: Tree, examples: int) -> int:
         """What the rows of a user's round take up: before and after, their gradients and those of a mini-batch."""
         rows = examples * (1 + self.negatives)
         return int(4 * (6 * rows * shared["params"][TABLE].shape[1] + 2 * (self.capacity or self.num_items)))

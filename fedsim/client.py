@@ -51,7 +51,7 @@ class Client(ABC):
         """
         return False
 
-    def memory(self, shared: Tree, examples: int) -> int:
+    def footprint(self, shared: Tree, examples: int) -> int:
         """Bytes that one client with so many examples takes up while it runs; on a CPU it decides how many run at once.
 
         Unless told otherwise four times what it receives: parameters before and after a step, gradients, and the
@@ -63,8 +63,12 @@ class Client(ABC):
         """What a client keeps to itself, as it is before its first round."""
         return {}
 
+    def select(self, examples: Batch, shared: Tree) -> Batch:
+        """Those of a client's examples that this round is about, by what the server says. Runs outside vmap."""
+        return examples
+
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
-        """The examples of this round, leaves (n', ...): negatives drawn, images augmented. Runs outside vmap."""
+        """The selected examples made ready, leaves (n', ...): negatives drawn, images augmented. Runs outside vmap."""
         return examples
 
     @abstractmethod

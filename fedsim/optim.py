@@ -44,6 +44,12 @@ def sgd(lr: Positive, momentum: Probability = 0.0, weight_decay: NonNegative = 0
     return Optimiser(init, update)
 
 
+def clipped(gradient: Params, largest: float) -> Params:
+    """The gradient, scaled down where its norm over all parameters is larger than this."""
+    factor = (largest / tree.norm(gradient).clamp(min=1e-12)).clamp(max=1)
+    return tree.map(lambda leaf: leaf * factor.to(leaf.dtype), gradient)
+
+
 @checked
 def adam(
     lr: Positive,

@@ -27,12 +27,17 @@ BLOCKS = 64
 def prepare(engine: Local, task: Task, ident: int) -> Batch:
     """What one client works on in this round: its prepared examples, leaves (n, ...), on the engine's device."""
     client = client_for(task, engine.clients)
-    if type(client).prepare is Client.prepare:
+    if untouched(client):
         return engine.tables.examples(ident, client.split)
     with nullcontext() if engine.place == CPU else CPU:  # a generator of the CPU draws nothing elsewhere
-        examples = engine.federation.examples(ident, client.split)
+        examples = client.select(engine.federation.examples(ident, client.split), task.shared)
         prepared = client.prepare(examples, generator(engine.seed, "prepare", task.round, ident))
     return prepared if engine.place == CPU else tree.to(prepared, engine.place)
+
+
+def untouched(client: Client) -> bool:
+    """Whether it takes its examples as they are."""
+    return type(client).prepare is Client.prepare and type(client).select is Client.select
 
 
 def alone(engine: Local, task: Task, personal: Tree, data: Batch, ident: int) -> Reply:

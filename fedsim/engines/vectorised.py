@@ -14,7 +14,7 @@ from fedsim.data.federation import Federation
 from fedsim.engines.device import find, fitting, free, on, peak
 from fedsim.engines.engine import Answer, Item, Local, Shared, client_for, pick
 from fedsim.engines.gathering import Gathering, Part
-from fedsim.engines.sequential import alone, length, prepare, visits
+from fedsim.engines.sequential import alone, length, prepare, untouched, visits
 from fedsim.randomness import generator, reseed, seeding
 from fedsim.ranges import Count, Natural, check_fields
 from fedsim.task import Batch, Cohort, Reply, Task
@@ -94,7 +94,7 @@ class Vectorised(Local):
             return self._measured(task, longest, ident)
         client = client_for(task, self.clients)
         row = sum(column[:1].numel() * column.element_size() for column in self.federation.columns.values())
-        return max(1, BLOCK_BYTES // max(1, client.memory(task.shared, longest) + longest * row))
+        return max(1, BLOCK_BYTES // max(1, client.footprint(task.shared, longest) + longest * row))
 
     def limit(self, action: str, most: int) -> None:
         """From now on no block of this action has more clients."""
@@ -159,7 +159,7 @@ class Vectorised(Local):
 
     def _prepare(self, client: Client, task: Task, ids: Sequence[int], gathering: Gathering) -> dict[int, Batch]:
         """The prepared examples by client; {} for a client that takes them as they are."""
-        if type(client).prepare is Client.prepare:
+        if untouched(client):
             return {}
         tables = {}
         for ident in ids:
@@ -199,7 +199,7 @@ class Vectorised(Local):
         for other in self.clients.values():  # a client may read what another one keeps
             own = other.personal(generator(self.seed, "measure")) | own
         rows = tree.to(tree.stack([own] * count), self.place) if own else {}
-        tables = {} if type(client).prepare is Client.prepare else {ident: prepare(self, task, ident)}
+        tables = {} if untouched(client) else {ident: prepare(self, task, ident)}
         with on(self.place), seeding(self.seed, "measure"):
             self._run(client, self.receive(task), Cohort([ident] * count, rows), tables)
 

@@ -20,7 +20,7 @@ Symbols: `strength` is lambda, `lr` eta.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch.func import grad, vmap
 from fedsim import tree
 from fedsim.model import Model
 from fedsim.task import Params
+from fedsim.tree import Tree
 
 AT_ONCE = 2**24  # numbers of gradients of single examples that are in memory at one time
 
@@ -87,18 +88,31 @@ def _squares(model: Model, params: Params, inputs: Tensor, labels: Tensor, weigh
     return total
 
 
-def importance(retained: Evidence, forgotten: tuple[Evidence, Evidence]) -> Params:
+def importance(retained: Evidence, forgotten: Evidence) -> Params:
     """Omega: how much of each parameter's importance is for what is retained; its mean over all of them is one.
 
     Args:
         retained: the true Fisher information of the retained examples.
-        forgotten: the true and the empirical one of those to be forgotten.
+        forgotten: the true and the empirical one, added up, of those to be forgotten.
     """
-    true, empirical = (evidence.mean for evidence in forgotten)
-    ratio = tree.map(lambda r, t, e: r / (r + t + e + 1e-8), retained.mean, true, empirical)
+    ratio = tree.map(lambda r, f: r / (r + f + 1e-8), retained.mean, forgotten.mean)
     numbers = sum(leaf.numel() for leaf in ratio.values())
     mean = sum((leaf.double().sum() for leaf in ratio.values()), torch.zeros((), dtype=torch.float64)) / max(1, numbers)
     return tree.map(lambda leaf: leaf / mean.clamp(min=1e-30).to(leaf.dtype), ratio)
+
+
+def pull(params: Params, shared: Tree, lr: float, strength: float) -> Params:
+    """The parameters pulled back by what the server shares, "before" and "omega"; the same where strength is 0.
+
+    Raises:
+        ValueError: the server does not share them.
+    """
+    if not strength:
+        return params
+    if missing := {"before", "omega"} - shared.keys():
+        told = " and ".join(sorted(missing))
+        raise ValueError(f'strength = {strength} needs {told} of the server: set strategy.remember = "importance"')
+    return pulled(params, cast(Params, shared["before"]), cast(Params, shared["omega"]), lr, strength)
 
 
 def pulled(params: Params, before: Params, omega: Params, lr: float, strength: float) -> Params:

@@ -14,14 +14,19 @@ Symbols: `temperature` is tau.
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
 from fedsim.model import Model
 from fedsim.networks import seeded
 from fedsim.ranges import Positive, checked
-from fedsim.task import Params
+from fedsim.task import Batch, Params
+
+Memory = Literal["teacher", "self", "mix", "random", "uniform", "ascent"]
+NEED_BEFORE: tuple[Memory, ...] = ("self", "mix")  # of the model before it forgets
 
 
 def debiased(probabilities: Tensor) -> Tensor:
@@ -85,3 +90,52 @@ def new_memories(
         debiased((model.predict(fresh(model, seed), {model.inputs: inputs}) / temperature).softmax(1)) for seed in seeds
     ]
     return masked(torch.stack(taught).mean(0), forbidden)
+
+
+def memories(
+    memory: Memory,
+    model: Model,
+    inputs: Tensor,
+    forbidden: Tensor,
+    generator: torch.Generator,
+    teachers: int = 3,
+    temperature: float = 1.0,
+) -> Tensor:
+    """What of q, (n, K), does not depend on the model that forgets; see `forgetting_losses` for what does.
+
+    "teacher" and "mix": as `new_memories`; "random": another class, drawn for each example; "uniform": all others
+    alike; zero else.
+    """
+    classes = model.predict(model.params, {model.inputs: inputs[:0]}).shape[1]
+    q = torch.zeros(len(inputs), classes)
+    if memory in ("teacher", "mix") and len(inputs):
+        seeds = torch.randint(2**62, (teachers,), generator=generator).tolist()
+        return new_memories(model, inputs, forbidden, seeds, temperature).to(q.dtype)
+    if memory == "random":
+        other = torch.randint(max(1, classes - 1), (len(inputs),), generator=generator)
+        return q.scatter(1, (other + (other >= forbidden))[:, None], 1)
+    return masked(q + 1, forbidden) if memory == "uniform" else q
+
+
+def forgetting_losses(memory: Memory, model: Model, outputs: Tensor, batch: Batch, before: Params | None) -> Tensor:
+    """L_f of each example, (B,): -sum_y q(y | x) log p(y | x), or, for "ascent", the model's loss times -1.
+
+    "self": q is what the model said before, without the label; "mix": the mean of that and the teachers'.
+
+    Args:
+        memory: which.
+        model: its outputs are logits.
+        outputs: of the model that forgets, (B, K).
+        batch: with "q" (B, K), out of `memories`, and the labels.
+        before: the model before it forgets, for "self" and "mix".
+    """
+    labels = batch[model.target]
+    if memory == "ascent":
+        return -model.criterion(outputs, labels)
+    q = batch["q"]
+    if memory in NEED_BEFORE:
+        if before is None:
+            raise ValueError(f'memory = {memory!r} needs the model before it forgets: set strategy.remember = "model"')
+        own = masked(model.predict(before, batch).softmax(1), labels)
+        q = own if memory == "self" else (q + own) / 2
+    return -(q * log_softmax(outputs, 1)).sum(1)

@@ -69,7 +69,7 @@ class RankItems(Client):
         """What `leave_one_out` makes."""
         return ("item", "y")
 
-    def memory(self, shared: Tree, examples: int) -> int:
+    def footprint(self, shared: Tree, examples: int) -> int:
         """What the items that are scored take up, if a scorer has a thousand numbers for each."""
         every = self.num_items if self.full and self.num_items else 0
         return 4 * 1000 * (examples + every)

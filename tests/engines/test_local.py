@@ -405,7 +405,7 @@ def test_blocks_are_bounded_by_memory_and_hold_at_least_one_client(classificatio
 def test_a_client_may_tell_how_much_memory_it_takes(classification):
     @dataclass(frozen=True)
     class Frugal(Sgd):
-        def memory(self, shared, examples):
+        def footprint(self, shared, examples):
             return 1000 * examples
 
     model, federation = classification(SIZES)

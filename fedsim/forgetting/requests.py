@@ -1,0 +1,43 @@
+"""Requests: what of a client's examples a server speaks of that has some requests carried out.
+
+The column "target" of an example says which request names it, 0 for none (`fedsim.data.targets:marked`). The server
+shares "request", the number of the one at hand, and "deleted", up to which requests have been carried out: the examples
+that these name are never touched again. Where "request" is the larger, those in between are to be forgotten now.
+"""
+
+import torch
+from torch import Tensor
+
+from fedsim import tree
+from fedsim.task import Batch
+from fedsim.tree import Tree
+
+
+def at_hand(request: int, deleted: int) -> Tree:
+    """What the server shares besides its model, two numbers."""
+    return {"request": torch.tensor(request), "deleted": torch.tensor(deleted)}
+
+
+def remaining(examples: Batch, shared: Tree) -> Batch:
+    """The examples that are still there, "target" 1 for those that are to be forgotten now, 0 for all others."""
+    if "target" not in examples:
+        raise ValueError(f"no column target says what is to be forgotten, only {', '.join(sorted(examples))}")
+    target = examples["target"]
+    request, deleted = (_number(shared, name) for name in ("request", "deleted"))
+    there = (target == 0) | (target > deleted)
+    now = (target > deleted) & (target <= request)
+    left = examples | {"target": now.to(target.dtype)}
+    return left if bool(there.all()) else tree.take(left, there.nonzero().flatten())
+
+
+def kept(examples: Batch, shared: Tree) -> Batch:
+    """Those of them that are not to be forgotten now."""
+    left = remaining(examples, shared)
+    return tree.take(left, (left["target"] == 0).nonzero().flatten())
+
+
+def _number(shared: Tree, name: str) -> int:
+    value = shared.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the server does not say {name!r}: use a strategy that knows of requests, such as `forget`")
+    return int(value)
