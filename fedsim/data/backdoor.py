@@ -112,7 +112,8 @@ def backdoored(
     drawn = _drawn(federation, number, clients, share, seed)
     if not any(len(rows) for rows in drawn.values()):
         raise ValueError(f"share = {share} leaves clients {', '.join(map(str, drawn))} no image to stamp")
-    federation = replace(federation, columns=_kept(federation.columns), test=_kept(federation.test))
+    names = federation.names | {"target": ("kept", f"stamped copies of class {label}")}
+    federation = replace(federation, columns=_kept(federation.columns), test=_kept(federation.test), names=names)
     return _with_copies(federation, drawn, number, size, value) if poisoned else federation
 
 
