@@ -197,16 +197,27 @@ def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained(path: Path, seed: int = 0) -> Params:
-    """The model of a run's last checkpoint.
+    """The model of a run's last checkpoint, or of a given one.
 
     Args:
-        path: the run's directory; or a folder of runs: of these, the latest with this seed.
+        path: the run's directory; or a folder of runs: of these, the latest with this seed; or a checkpoint.
         seed: of the run, where there are several.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no checkpoint yet.
         ValueError: its checkpoint is damaged, or holds no model.
     """
+    file = path if path.is_file() else _last_checkpoint(path, seed)
+    flat, _ = read_checkpoint(file)
+    model = {
+        name.removeprefix("state/params/"): leaf for name, leaf in flat.items() if name.startswith("state/params/")
+    }
+    if not model:
+        raise ValueError(f"checkpoint {file} holds no model: its leaves are {', '.join(sorted(flat))}")
+    return model
+
+
+def _last_checkpoint(path: Path, seed: int) -> Path:
     if (path / "experiment.toml").is_file():
         runs = [path]
     else:  # they are called date-time-seed, and a number where several began in one second
@@ -217,13 +228,7 @@ def trained(path: Path, seed: int = 0) -> Params:
     found = Run.open(runs[-1]).checkpoints()
     if not found:
         raise FileNotFoundError(f"{runs[-1]} has no checkpoint to take a model from")
-    flat, _ = read_checkpoint(found[-1])
-    model = {
-        name.removeprefix("state/params/"): leaf for name, leaf in flat.items() if name.startswith("state/params/")
-    }
-    if not model:
-        raise ValueError(f"checkpoint {found[-1]} holds no model: its leaves are {', '.join(sorted(flat))}")
-    return model
+    return found[-1]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:

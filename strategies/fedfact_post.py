@@ -70,7 +70,7 @@ class FedFactPost(Strategy):
         gap: the duality gap at which it ends; 0: it goes on for as many rounds as there are.
         training: rounds of federated averaging before.
         from_run: the directory of a run whose last model is taken, or a folder of runs: of these, the latest with the
-            same seed.
+            same seed; or a checkpoint.
         seed: of the run.
     """
 

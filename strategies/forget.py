@@ -54,7 +54,7 @@ class Forget(Strategy):
         num_targets: how many values the column "target" has: one for what is kept, and one for each request.
         training: rounds of federated averaging before.
         from_run: the directory of a run whose last model is taken, or a folder of runs: of these, the latest with the
-            same seed.
+            same seed; or a checkpoint.
         forgetting: rounds for each request; at most so many with `until`.
         repairing: rounds after each request.
         together: all requests are dealt with as one.
