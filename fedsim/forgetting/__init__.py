@@ -1,6 +1,16 @@
-"""Forgetting: what is to be remembered instead, and which parameters the rest of the memory hangs on."""
+"""Forgetting: what is to be remembered instead, which parameters the rest hangs on, and whether anything is left."""
 
 from fedsim.forgetting.fisher import Evidence, empirical_fisher, importance, pull, pulled, true_fisher
+from fedsim.forgetting.membership import (
+    Apart,
+    Shadows,
+    auc,
+    likelihood_ratio,
+    log_odds,
+    loss_threshold,
+    predictions_apart,
+    train_shadows,
+)
 from fedsim.forgetting.memory import (
     NEED_BEFORE,
     Memory,
@@ -15,20 +25,28 @@ from fedsim.forgetting.requests import at_hand, kept, remaining
 
 __all__ = [
     "NEED_BEFORE",
+    "Apart",
     "Evidence",
     "Memory",
+    "Shadows",
     "at_hand",
+    "auc",
     "debiased",
     "empirical_fisher",
     "forgetting_losses",
     "fresh",
     "importance",
     "kept",
+    "likelihood_ratio",
+    "log_odds",
+    "loss_threshold",
     "masked",
     "memories",
     "new_memories",
+    "predictions_apart",
     "pull",
     "pulled",
     "remaining",
+    "train_shadows",
     "true_fisher",
 ]
