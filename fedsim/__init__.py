@@ -11,6 +11,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from fedsim import flower, tree
+from fedsim.certificate import Certificate, certify
 from fedsim.client import Client
 from fedsim.config import ConfigError
 from fedsim.data.dataset import Dataset
@@ -28,6 +29,7 @@ from fedsim.tree import Rows, Tree
 
 __all__ = [
     "Batch",
+    "Certificate",
     "Classifier",
     "Client",
     "Cohort",
@@ -58,6 +60,7 @@ __all__ = [
     "Vectorised",
     "auto",
     "begin",
+    "certify",
     "divide",
     "flower",
     "gradient",

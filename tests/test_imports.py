@@ -34,6 +34,7 @@ ROOMS = (
     {"environment", "progress", "trackers", "report"},
     {"job"},
     {"launch", "doctor", "testing"},
+    {"certificate"},
     {"apps"},
     {"cli"},
     {"__init__", "__main__"},  # what fedsim shows to others, and `python -m fedsim`

@@ -1,4 +1,4 @@
-"""The command line: run, resume, report, compare, list, data, doctor.
+"""The command line: run, resume, report, certify, compare, list, data, doctor.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 """
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim import config, doctor
+from fedsim.cli.certifying import certify
 from fedsim.cli.endings import ending, out, reading
 from fedsim.config import ConfigError
 from fedsim.flower import Outcome
@@ -115,6 +116,9 @@ def report(path: Annotated[Path, typer.Argument(help="A run's directory.")]) -> 
     """Write a run's report again: index.html, summary.md and plots."""
     with ending(), reading():
         out.print(str(write_report(path)))
+
+
+app.command()(certify)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import numpy as np
 
 from fedsim.report import figures
+from fedsim.report.certificate import certificate
 from fedsim.report.clients import classes, over_clients
 from fedsim.report.configuration import configuration, surroundings
 from fedsim.report.content import Fact, Section, Table
@@ -21,6 +22,7 @@ _ROWS = 40  # of the table of metrics
 def sections(record: RunRecord) -> list[Section]:
     """The sections of a run's report; those that have nothing to tell are left out."""
     found = [
+        certificate(record),
         curves(record),
         recommendation(record),
         fairness(record),
