@@ -105,7 +105,7 @@ def mark(axes: Axes, some: Sequence[Phase], first: int, last: int) -> None:
             ends[row] = left + width
             highest = max(highest, row)
             where = axes.get_xaxis_transform()
-            shift = (2, 2 + _ROW * row)
+            shift = (2, 3.5 + _ROW * row)
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # of what is behind, nothing shows through
             axes.annotate(text, (left, 1), shift, where, "offset points", color=QUIET, fontsize=_SIZE, bbox=box)
         if place:
