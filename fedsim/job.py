@@ -194,7 +194,7 @@ def _note(step: Round, job: Job, directory: Run, screen: Display, elsewhere: Tra
             down, up = parts["clients"].traffic
             metrics |= {"evaluate/bytes_down": down, "evaluate/bytes_up": up}
         directory.save_evaluation(number, parts, job.assembly.federation.names)
-        directory.record_scores(number, parts)
+        directory.record_counts(number, parts)
     directory.record(metrics)
     if number % plan.checkpoint_every == 0 or last:
         directory.save(snapshot, plan.keep_checkpoints)

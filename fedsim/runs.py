@@ -29,6 +29,7 @@ except ImportError:  # not a Unix: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of checkpoints
+CLASSES = 100  # at most, of which each evaluation is kept
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class Run:
         """One JSON object for each evaluation that counted scores."""
         return self.path / "scores.jsonl"
 
+    @property
+    def classes_file(self) -> Path:
+        """One JSON object for each evaluation that told classes apart."""
+        return self.path / "classes.jsonl"
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """Appends one round."""
         numbers = {name: v if isinstance(v, int | float) else float(v) for name, v in metrics.items()}  # () tensors too
@@ -110,10 +116,16 @@ class Run:
         """Appends what else went wrong in a round, and was made good: it cost no client its reply."""
         append(self.failures_file, [{"round": round, "client": None, "reason": told} for told in incidents])
 
-    def record_scores(self, round: int, parts: Mapping[str, Evaluation]) -> None:
-        """Appends the histograms of scores by group, (G, S, bins) for each part whose evaluation counted them."""
-        counted = {name: part.scores.tolist() for name, part in parts.items() if part.scores is not None}
-        append(self.scores_file, [{"round": round} | counted] if counted else [])
+    def record_counts(self, round: int, parts: Mapping[str, Evaluation]) -> None:
+        """Appends what each part's evaluation counted: scores by group, (G, S, bins); of each class, what was right."""
+        scores = {name: part.scores.tolist() for name, part in parts.items() if part.scores is not None}
+        classes = {
+            name: {"right": part.confusion.diagonal().tolist(), "examples": part.confusion.sum(1).tolist()}
+            for name, part in parts.items()
+            if part.confusion is not None and len(part.confusion) <= CLASSES
+        }
+        for file, counted in ((self.scores_file, scores), (self.classes_file, classes)):
+            append(file, [{"round": round} | counted] if counted else [])
 
     def metrics(self) -> list[Metrics]:
         """The rounds so far; NaN for what was not finite."""
@@ -175,7 +187,7 @@ class Run:
 
     def rewind(self, round: int) -> None:
         """Takes back what was written after this round: it is about to be done again."""
-        for file in (self.metrics_file, self.failures_file, self.scores_file):
+        for file in (self.metrics_file, self.failures_file, self.scores_file, self.classes_file):
             if file.exists():
                 kept = [line for line in read_lines(file) if line["round"] <= round]
                 replace(file, "".join(json.dumps(line) + "\n" for line in kept).encode())

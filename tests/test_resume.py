@@ -241,6 +241,10 @@ def test_an_undisturbed_run_leaves_what_the_others_are_compared_with(undisturbed
     sizes = {len(column) for line in scores for group in line["clients"] for column in group}
     counts = [sum(column) for line in scores for group in line["clients"] for column in group]
     assert sizes == {11} and len(counts) == 3 * 3 and len(set(counts)) == 1 and counts[0] > 0
+    classes = [json.loads(line) for line in undisturbed.files["classes.jsonl"].splitlines()]
+    assert [(line["round"], sum(line["clients"]["examples"])) for line in classes] == [
+        (n, counts[0]) for n in (2, 4, 5)
+    ]
     assert undisturbed.moments.count("step") > 20
     assert (b"personal/" in undisturbed.files["checkpoints/round-000005.safetensors"]) == (method == "scaffold")
 
@@ -285,6 +289,16 @@ def test_a_run_killed_after_or_in_the_middle_of_a_line_of_scores_writes_it_once(
     assert not (place.run() / "scores.jsonl").read_text().endswith("\n")
     assert place.go(Death(kill_in=("open metrics.jsonl", 2)), place.run()) == -signal.SIGKILL  # 4 again, scores first
     lines = (place.run() / "scores.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [2, 4]
+    assert place.go(path=place.run()) == 0
+    assert_same(left(place.run()), undisturbed)
+
+
+def test_a_run_killed_after_or_in_the_middle_of_a_line_of_classes_writes_it_once(undisturbed, place):
+    assert place.go(Death(cut_in=("open classes.jsonl", 2))) == -signal.SIGXFSZ  # of round 4
+    assert not (place.run() / "classes.jsonl").read_text().endswith("\n")
+    assert place.go(Death(kill_in=("open metrics.jsonl", 2)), place.run()) == -signal.SIGKILL
+    lines = (place.run() / "classes.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [2, 4]
     assert place.go(path=place.run()) == 0
     assert_same(left(place.run()), undisturbed)

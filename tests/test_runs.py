@@ -95,17 +95,48 @@ def scored(number: int) -> Evaluation:
 
 
 def test_scores_are_a_line_for_each_evaluation_that_counted_some_with_each_part_that_did(run):
-    run.record_scores(1, {"test": evaluation(None)})
-    run.record_scores(2, {})
+    run.record_counts(1, {"test": evaluation(None)})
+    run.record_counts(2, {})
     assert not run.scores_file.exists()
     groups = torch.tensor([[[1, 2], [3, 0]], [[0, 0], [4, 5]]])  # two groups, two scores, two points
-    run.record_scores(3, {"test": evaluation(None), "clients": evaluation(None)._replace(scores=groups)})
-    run.record_scores(6, {"test": scored(7), "clients": scored(8)})
+    run.record_counts(3, {"test": evaluation(None), "clients": evaluation(None)._replace(scores=groups)})
+    run.record_counts(6, {"test": scored(7), "clients": scored(8)})
     assert run.scores_file == run.path / "scores.jsonl" and run.scores_file.read_text().endswith("\n")
     assert read_lines(run.scores_file) == [
         {"round": 3, "clients": groups.tolist()},
         {"round": 6, "test": [[[7, 0]]], "clients": [[[8, 0]]]},
     ]
+
+
+def confused(table: Tensor | None) -> Evaluation:
+    """What an evaluation found that counted this."""
+    return evaluation(None)._replace(confusion=table)
+
+
+def test_of_each_class_what_is_right_is_a_line_for_each_evaluation_that_told_classes_apart(run):
+    run.record_counts(1, {"test": confused(None)})
+    run.record_counts(2, {})
+    assert not run.classes_file.exists()
+    whole, broken = torch.tensor([[3, 1], [0, 2]]), torch.tensor([[0.25, 0.5], [0.0, 2.5]])
+    run.record_counts(3, {"test": confused(whole), "clients": confused(None)})
+    run.record_counts(6, {"test": confused(whole.flip(1)), "clients": confused(broken)})
+    assert run.classes_file == run.path / "classes.jsonl" and run.classes_file.read_text().endswith("\n")
+    assert read_lines(run.classes_file) == [
+        {"round": 3, "test": {"right": [3, 2], "examples": [4, 2]}},
+        {
+            "round": 6,
+            "test": {"right": [1, 0], "examples": [4, 2]},
+            "clients": {"right": [0.25, 2.5], "examples": [0.75, 2.5]},
+        },
+    ]
+    assert not run.scores_file.exists()
+
+
+def test_of_more_than_a_hundred_classes_nothing_is_kept_by_class(run):
+    run.record_counts(1, {"test": confused(torch.eye(101, dtype=torch.int64))})
+    assert not run.classes_file.exists()
+    run.record_counts(2, {"test": confused(torch.eye(100, dtype=torch.int64))})
+    assert read_lines(run.classes_file) == [{"round": 2, "test": {"right": [1] * 100, "examples": [1] * 100}}]
 
 
 def test_incidents_are_lines_without_a_client(run):
@@ -158,15 +189,21 @@ def test_rewinding_takes_back_all_that_came_after_a_round(run):
     for number in range(1, 6):
         run.record({"round": number, "value": number / 3})
         run.record_failures(number, {number: "why"})
-        run.record_scores(number, {"test": scored(number)})
-    for path in (run.metrics_file, run.scores_file):
+        run.record_counts(
+            number,
+            {"test": scored(number)._replace(confusion=None), "clients": confused(torch.tensor([[number, 1], [0, 2]]))},
+        )
+    for path in (run.metrics_file, run.scores_file, run.classes_file):
         with path.open("a") as file:
             file.write('{"round": 6')
     run.rewind(3)
     assert run.metrics() == [{"round": number, "value": number / 3} for number in (1, 2, 3)]
     assert [line["round"] for line in read_lines(run.failures_file)] == [1, 2, 3]
     assert read_lines(run.scores_file) == [{"round": number, "test": [[[number, 0]]]} for number in (1, 2, 3)]
-    run.record_scores(4, {"test": scored(8)})
+    assert read_lines(run.classes_file) == [
+        {"round": number, "clients": {"right": [number, 2], "examples": [number + 1, 2]}} for number in (1, 2, 3)
+    ]
+    run.record_counts(4, {"test": scored(8)})
     assert read_lines(run.scores_file)[3:] == [{"round": 4, "test": [[[8, 0]]]}]
     run.record({"round": 4})
     assert [line["round"] for line in run.metrics()] == [1, 2, 3, 4]

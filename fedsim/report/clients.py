@@ -1,4 +1,4 @@
-"""How clients and classes fare in the last evaluation."""
+"""How clients fare in the last evaluation."""
 
 import numpy as np
 
@@ -7,10 +7,9 @@ from fedsim.report import figures
 from fedsim.report.content import Section, Table
 from fedsim.report.formats import NONE, count, measure, several
 from fedsim.report.measures import apart, direction
-from fedsim.report.reading import Confusion, Floats, RunRecord
+from fedsim.report.reading import Floats, RunRecord
 
 _ENDS = 5  # clients shown at either end
-_CLASSES = 20
 _SHARES = (0, 0.1, 0.5, 0.9, 1)
 
 
@@ -70,43 +69,3 @@ def _extremes(record: RunRecord, name: str, columns: dict[str, Floats]) -> Table
         rows.append((names.get(place, "") if number > 2 else "", count(float(ids[row])), *told, *others))
     header = ("", "client", *(() if examples is None else ("examples",)), *columns)
     return Table(f"Clients by {name}", header, tuple(rows))
-
-
-def classes(record: RunRecord) -> Section | None:
-    """What is taken for what."""
-    if not record.confusions:
-        return None
-    plots = tuple(figures.confusion(part, found) for part, found in record.confusions.items())
-    return Section(
-        "Classes",
-        "A row is what an example is, a column what it is taken for; the colour is a cell’s share of its row.",
-        plots=plots,
-        tables=tuple(_recalls(part, found) for part, found in record.confusions.items()),
-    )
-
-
-def _recalls(part: str, found: Confusion) -> Table:
-    """Recall and precision of each class; of many classes only those with the least recall."""
-    counts, right = found.counts, found.counts.diagonal()
-    truth, guessed = counts.sum(axis=1), counts.sum(axis=0)
-    wrong = counts - np.diag(right)
-    recall = np.divide(right, truth, out=np.full(len(right), np.inf), where=truth > 0)
-    shown = np.arange(len(right))
-    if len(right) > _CLASSES:
-        shown = np.argsort(recall, kind="stable")[:_CLASSES]
-    rows = []
-    for row in shown:
-        other = int(wrong[row].argmax())
-        rows.append(
-            (
-                found.classes[row],
-                count(truth[row]),
-                measure(right[row] / truth[row]) if truth[row] else NONE,
-                measure(right[row] / guessed[row]) if guessed[row] else NONE,
-                f"{found.classes[other]} ({count(wrong[row, other])})" if wrong[row, other] else NONE,
-            )
-        )
-    title = {"test": "Test set", "clients": "Clients’ test parts"}.get(part, part)
-    note = f"The {_CLASSES} of {count(len(right))} classes with the least recall." if len(shown) < len(right) else ""
-    header = ("class", "examples", "recall", "precision", "taken for")
-    return Table(title, header, tuple(rows), note, words=(0, 4))

@@ -52,13 +52,18 @@ def blank(title: str, height: float = 3.1) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.4, height), layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=PAPER)
-    axes.set_title(short(title, 60), loc="left", fontsize=11, color=INK, pad=10)
+    entitle(axes, title)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(AXIS)
     axes.tick_params(length=0, labelsize=9, colors=QUIET)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def entitle(axes: Axes, title: str, above: float = 0) -> None:
+    """Writes the title at the upper left, so many points higher than where it usually is."""
+    axes.set_title(short(title, 60), loc="left", fontsize=11, color=INK, pad=10 + above)
 
 
 def over_rounds(axes: Axes, first: int, last: int) -> None:

@@ -1,7 +1,7 @@
 """The figures of one run: curves, clients, confusion, traffic, time."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from fedsim.report.drawing import Plot, blank, in_bytes, legend, named, over_rou
 from fedsim.report.formats import count
 from fedsim.report.measures import curved, direction, label
 from fedsim.report.palette import INK, PAPER, QUIET, SERIES
+from fedsim.report.phases import Phase, mark, marked
 from fedsim.report.reading import Confusion, Floats, Ints, RunRecord
 
 _ON_DARK = "#fdfdfd"  # on a dark cell, on a light and on a dark page alike
@@ -62,19 +63,23 @@ def _metrics(record: RunRecord, family: str, names: Sequence[str], place: int) -
         title = label(names[0]) if len(names) == 1 else title[:1].upper() + title[1:]
     series = [(text, *record.series(name)) for text, name in zip(told, names, strict=True)]
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:40]
-    return lines(f"metric-{place + 1:02}-{slug}".rstrip("-"), title, series)
+    return lines(f"metric-{place + 1:02}-{slug}".rstrip("-"), title, series, marked(record))
 
 
-def lines(name: str, title: str, series: Iterable[Curve]) -> Plot:
-    """Curves over rounds. Of more than 400 points neighbours are drawn as their mean, in a band of all they reach."""
-    figure, axes = blank(title)
+def lines(name: str, title: str, series: Sequence[Curve], phases: Sequence[Phase] = ()) -> Plot:
+    """Curves over rounds, and where phases begin. Beyond as many curves as there are colours they are dashed.
+
+    Of more than 400 points neighbours are drawn as their mean, in a band of all they reach.
+    """
+    figure, axes = blank(title, 3.1 if len(series) <= len(SERIES) else 3.8)  # a legend of many rows takes room
     seen: list[Floats] = []
     ends: list[int] = []
     for place, (text, rounds, values) in enumerate(series):
-        curve(axes, text, rounds, values, SERIES[place % len(SERIES)])
+        curve(axes, text, rounds, values, SERIES[place % len(SERIES)], "-" if place < len(SERIES) else "--")
         seen.append(values[np.isfinite(values)])
         ends += [int(rounds[0]), int(rounds[-1])]
     over_rounds(axes, min(ends), max(ends))
+    mark(axes, phases, min(ends), max(ends))
     values = np.concatenate(seen)
     if not values.size:
         axes.set_yticks([])
@@ -86,11 +91,12 @@ def lines(name: str, title: str, series: Iterable[Curve]) -> Plot:
     return Plot(name, f"{short(title, 80)} over rounds", figure)
 
 
-def curve(axes: Axes, text: str, rounds: Ints, values: Floats, colour: str) -> None:
+def curve(axes: Axes, text: str, rounds: Ints, values: Floats, colour: str, dashes: str = "-") -> None:
     """One curve, with points while they are few."""
     x, mean, low, high = thin(rounds, values)
     finite = int(np.isfinite(values).sum())
-    axes.plot(x, mean, color=colour, linewidth=1.7, label=named(text), marker="o" if finite <= 25 else "", markersize=4)
+    dots = "o" if finite <= 25 else ""
+    axes.plot(x, mean, dashes, color=colour, linewidth=1.7, label=named(text), marker=dots, markersize=4)
     if len(x) < len(rounds):
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 

@@ -10,7 +10,7 @@ from fedsim.ranking import is_ranking
 from fedsim.report.reading import RunRecord
 
 _ROUND = ("round", "seconds", "clients", "failed", "bytes_down", "bytes_up", "converged")
-BOOKKEEPING = frozenset({*_ROUND, "evaluate/bytes_down", "evaluate/bytes_up"})
+BOOKKEEPING = frozenset({*_ROUND, "request", "evaluate/bytes_down", "evaluate/bytes_up"})
 _LOWER = frozenset(
     {"loss", "error", "rmse", "mae", "mse", "perplexity", "gap", "deviation", "violation", "disparity", "distance"}
 )

@@ -4,13 +4,15 @@ import numpy as np
 
 from fedsim.report import figures
 from fedsim.report.certificate import certificate
-from fedsim.report.clients import classes, over_clients
+from fedsim.report.classes import classes
+from fedsim.report.clients import over_clients
 from fedsim.report.configuration import configuration, surroundings
 from fedsim.report.content import Fact, Section, Table
 from fedsim.report.failures import failures, incidents
 from fedsim.report.fairness import fairness, gaps
 from fedsim.report.formats import NONE, amount, count, duration, measure, several
 from fedsim.report.measures import curved, label, main, outcome, total
+from fedsim.report.phases import marked, sentence
 from fedsim.report.reading import RunRecord
 from fedsim.report.recommendation import recommendation, recommendations
 from fedsim.report.scores import scores
@@ -114,6 +116,8 @@ def curves(record: RunRecord) -> Section | None:
         f"{several(hidden, 'more metric')} in metrics.jsonl." if hidden else "",
     )
     notes = ["Test is the common test set; clients’ are the clients’ own test parts, pooled."] if main(names) else []
+    if phases := sentence(marked(record)):
+        notes.append(phases)
     if any(len(record.series(name)[0]) > 400 for name in names):
         notes.append("Of long curves the mean of neighbouring rounds is drawn, in a band from least to greatest.")
     if left:

@@ -53,7 +53,7 @@ def make(
     for number, counts in rounds.items():
         found = {part: evaluated(counts, classes) for part in parts}
         run.save_evaluation(number, found, names)
-        run.record_scores(number, found)
+        run.record_counts(number, found)
         run.record({"round": number, "test/score_distance": 1 / number, "test/accuracy": 0.5})
     return run.path
 
@@ -185,7 +185,7 @@ def test_without_groups_there_is_one_curve_and_no_barycenter(tmp_path):
     run = Run.create(tmp_path, "alone", 1, "rounds = 1\n", {})
     found = {"test": Evaluation({"examples": 4.0}, {}, torch.ones(2, 2), {}, scores=drawn(groups=1))}
     run.save_evaluation(1, found, {})
-    run.record_scores(1, found)
+    run.record_counts(1, found)
     run.record({"round": 1, "test/accuracy": 0.5})
     (plot,) = plots(run.path).values()
     assert list(curves(plot)) == ["group 0"] and not plot.figure.legends
