@@ -138,7 +138,7 @@ class Forget(Strategy):
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
         """The mean model, or the importance of its parameters; and the next phase, where this one is over."""
         action, rounds, request, _ = self.plan[int(state["phase"])]
-        told: Metrics = {"request": request}
+        told: Metrics = {"request": request} if request else {}
         if action == "weigh":
             retained, forgotten = (Evidence(**replies.update[name]) for name in ("retained", "forgotten"))
             return self._on(state | {"omega": importance(retained, forgotten)}), told
