@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
-
 from fedsim import tree
+from fedsim.checkpoints import read_checkpoint, write_checkpoint
 from fedsim.evaluation import Evaluation
-from fedsim.files import append, as_csv, read_lines, replace, replace_by
+from fedsim.files import append, as_csv, read_lines, replace
 from fedsim.simulation import Snapshot
 from fedsim.task import Metrics, Params
 
@@ -28,7 +23,6 @@ try:
 except ImportError:  # not a Unix: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1  # of checkpoints
 CLASSES = 100  # at most, of which each evaluation is kept
 
 
@@ -161,10 +155,7 @@ class Run:
         path = folder / f"round-{snapshot.round:06d}.safetensors"
         flat = {f"state/{name}": leaf for name, leaf in tree.flatten(snapshot.state).items()}
         flat |= {f"personal/{name}": leaf for name, leaf in snapshot.personal.flat().items()}
-        flat = _apart(flat)
-        # One entry, because safetensors writes several in any order: the same snapshot shall give the same bytes.
-        told = json.dumps({"format": FORMAT, "round": snapshot.round})
-        replace_by(path, lambda temporary: safetensors.torch.save_file(flat, temporary, {"fedsim": told}))
+        write_checkpoint(path, flat, snapshot.round)
         self.prune(keep)
         return path
 
@@ -195,17 +186,6 @@ class Run:
 
 def _opened(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
-
-
-def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same leaves; a copy of those that safetensors refuses, as they share memory with another or are strided."""
-    places = Counter(leaf.untyped_storage().data_ptr() for leaf in flat.values())
-    return {
-        name: leaf.detach()
-        if leaf.is_contiguous() and places[leaf.untyped_storage().data_ptr()] == 1
-        else leaf.detach().clone(memory_format=torch.contiguous_format)
-        for name, leaf in flat.items()
-    }
 
 
 def trained(path: Path, seed: int = 0) -> Params:
@@ -241,16 +221,3 @@ def _last_checkpoint(path: Path, seed: int) -> Path:
     if not found:
         raise FileNotFoundError(f"{runs[-1]} has no checkpoint to take a model from")
     return found[-1]
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The named tensors of a checkpoint, and its round."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {}).get("fedsim", "{}"))
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {path} is damaged: {error}; remove it to go on from the one before it") from error
-    if told.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {told.get('format')}, this version reads {FORMAT}")
-    return flat, int(told["round"])

@@ -24,6 +24,7 @@ from clients.qfedavg import LossThenSgd
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from fedsim import tree
+from fedsim.checkpoints import read_checkpoint
 from fedsim.client import Client
 from fedsim.config import ConfigError
 from fedsim.data.federation import Federation
@@ -36,7 +37,6 @@ from fedsim.job import Plan
 from fedsim.launch import resume, run, simulate
 from fedsim.model import Model
 from fedsim.personal import Personal
-from fedsim.runs import read_checkpoint
 from fedsim.sampling import dropout, everyone, uniform
 from fedsim.simulation import Snapshot, begin, rounds
 from fedsim.task import Cohort, Draw, Metrics, Params, Task

@@ -29,6 +29,7 @@ ROOMS = (
     {"sampling"},
     {"foreign"},
     {"simulation"},
+    {"checkpoints"},
     {"runs"},
     {"config"},
     {"environment", "progress", "trackers", "report"},
