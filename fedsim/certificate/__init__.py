@@ -5,6 +5,7 @@ examples, of as many rounds as the first model had.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,14 +103,7 @@ def certify(
         "retraining": spent(other.metrics(), held_against.clients),
     }
     judged = tuple(checks(models, costs, limits))
-    notes = [] if "relapsed" in models else ["No plain rounds were taken, so a relapse would not have been seen."]
-    notes += [] if shadows else ["No attack by likelihood ratio was made."]
-    attacks = {value for name, value in models.get("before", {}).items() if name.startswith("membership")}
-    if attacks and max(attacks) < POWER:
-        notes.append(
-            f"The attacks on membership tell little of the model before either (AUC {max(attacks):.2f} at most), so "
-            "that they tell little of the one after proves nothing."
-        )
+    notes = _notes(models, about, shadows, most, limits)
     names = assembly.federation.names["target"][1:]
     size = len(about.forgotten["target"])
     certificate = Certificate(
@@ -144,6 +138,27 @@ def _measured(
     return found, about
 
 
+def _notes(
+    models: Mapping[str, Mapping[str, float]], about: Material, shadows: int, most: int, limits: Limits
+) -> list[str]:
+    """What one must know of these measurements."""
+    notes = [] if "relapsed" in models else ["No plain rounds were taken, so a relapse would not have been seen."]
+    members, others = (min(most, len(part["y"])) for part in (about.forgotten, about.strangers))
+    if not others:
+        return [*notes, "No attack on membership was made: there is nothing held out like what was forgotten."]
+    error = math.sqrt((members + others + 1) / (12 * members * others))
+    few = "" if 2 * error <= limits.membership else f": too large to tell a difference of {limits.membership:g} by"
+    notes.append(f"A membership AUC, of {members} against {others} examples, has a standard error of {error:.3f}{few}.")
+    notes += [] if shadows else ["No attack by likelihood ratio was made."]
+    attacks = [value for name, value in models.get("before", {}).items() if name.startswith("membership")]
+    if attacks and max(attacks) < POWER:
+        notes.append(
+            f"The attacks on membership tell little of the model before either (AUC {max(attacks):.2f} at most), so "
+            "that they tell little of the one after proves nothing."
+        )
+    return notes
+
+
 def before(directory: Run, asked: Experiment) -> Params | None:
     """The model before it forgot: that of `from_run`, or of the checkpoint after the last round of "train"."""
     if "from_run" in asked.strategy:
@@ -173,6 +188,10 @@ def _compare(asked: Experiment, other: Experiment) -> None:
         if one != two:
             raise ConfigError(f"against: its {name} is {two}, and that of the run is {one}: they must be the same")
     split, without = dict(asked.split), dict(other.split)
+    if split.get("use") != BACKDOOR and "requests" not in split:
+        raise ConfigError(
+            f"run: its split is {split}, which names nothing to forget: it must be `marked`, with requests"
+        )
     if split.get("use") == BACKDOOR:
         named = "poisoned = false"
         right = without.get("use") == BACKDOOR and without.get("poisoned") is False

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from fedsim.report.content import Fact, Fold, Section, Table
+from fedsim.report.content import Fact, Section, Table
 from fedsim.report.formats import NONE, amount, count, duration, measure
 from fedsim.report.reading import RunRecord
 
@@ -34,9 +34,9 @@ def certificate(record: RunRecord) -> Section | None:
             Fact("Asked to forget", "; ".join(map(str, told["asked"])), f"{count(told['examples'])} examples"),
             Fact("Verdict", str(told["verdict"]), bad=not all(check["holds"] for check in told["checks"])),
         )
-        tables = (_checks(told), _models(told), _costs(told))
-        limits = Fold("Limits", "\n".join(f"- {limit}" for limit in told["limits"]))
-        return Section("Unlearning certificate", f"Against {told['against']}.", facts, (), tables, (limits,))
+        limits = Table("Its limits", ("what this does not say",), tuple((str(limit),) for limit in told["limits"]))
+        tables = (_checks(told), _models(told), _costs(told), limits)
+        return Section("Unlearning certificate", f"Against {told['against']}.", facts, (), tables)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
 
