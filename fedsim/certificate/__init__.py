@@ -116,6 +116,23 @@ def certify(
     return certificate
 
 
+def read_certificate(run: str | Path) -> Certificate | None:
+    """The certificate in a run's directory, if there is one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = Path(run) / FILE
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        told["checks"] = tuple(Check(one["name"], one["value"], one["allowed"]) for one in told["checks"])
+        return Certificate(**told | {name: tuple(told[name]) for name in ("asked", "limits")})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
 def _measured(
     assembly: Assembly, asked: Experiment, directory: Run, other: Run, shadows: int, plain_rounds: int, most: int
 ) -> tuple[dict[str, dict[str, float]], Material]:

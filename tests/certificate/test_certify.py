@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import fedsim
 from fedsim import ConfigError
-from fedsim.certificate import FILE, certify
+from fedsim.certificate import FILE, certify, read_certificate
 from fedsim.certificate.material import material
 from fedsim.cli import app
 from fedsim.config import assemble, read, resolve
@@ -84,6 +84,7 @@ def test_the_plain_rounds_are_those_that_the_run_would_have_had(runs, tmp_path):
 def test_it_says_the_same_twice_and_stands_in_the_report(runs):
     one, two = (certify(*runs, shadows=4, most=60) for _ in range(2))
     assert one == two
+    assert read_certificate(runs[0]) == one
     told = json.loads((runs[0] / FILE).read_text())
     assert told["verdict"] == one.verdict and [check["name"] for check in told["checks"]] == [
         c.name for c in one.checks
@@ -187,3 +188,6 @@ def test_a_damaged_certificate_is_told(runs, tmp_path):
     (run / FILE).write_text('{"asked": 3}')
     with pytest.raises(ValueError, match=r"certificate.json is damaged"):
         write_report(run)
+    with pytest.raises(ValueError, match=r"certificate.json is damaged"):
+        read_certificate(run)
+    assert read_certificate(tmp_path) is None
