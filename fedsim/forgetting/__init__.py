@@ -1,6 +1,6 @@
 """Forgetting: what is to be remembered instead, and which parameters the rest of the memory hangs on."""
 
-from fedsim.forgetting.fisher import Evidence, empirical_fisher, importance, pull, pulled, true_fisher
+from fedsim.forgetting.fisher import Evidence, empirical_fisher, importance, pull, pulled, together, true_fisher
 from fedsim.forgetting.memory import (
     NEED_BEFORE,
     Memory,
@@ -30,5 +30,6 @@ __all__ = [
     "pull",
     "pulled",
     "remaining",
+    "together",
     "true_fisher",
 ]
