@@ -40,7 +40,9 @@ def without(federation, named):
 
 def answers(engine, federation, client, shared):
     personal = Personal({"train": client}, 5, 0).gather(range(5))
-    replies = engine(federation, {"train": client}, 3).execute(Task("train", shared, round=2), Cohort(range(5), personal))
+    replies = engine(federation, {"train": client}, 3).execute(
+        Task("train", shared, round=2), Cohort(range(5), personal)
+    )
     assert not replies.failed
     parts = {"update": replies.update, "metrics": replies.metrics, "personal": replies.personal}
     return tree.flatten(parts | {"weight": replies.weight})
@@ -96,7 +98,9 @@ def test_what_is_kept_begins_as_with_the_other_whoever_is_asked_first():
     both = Personal({"train": client, "repair": Retained(client=client)}, 5, 0).gather(range(5))
     assert same(tree.flatten(alone), tree.flatten(around)) and same(tree.flatten(alone), tree.flatten(both))
     found = answers(Vectorised, federation, Retained(client=client), shared | at_hand(1, 0))
-    assert same(found, answers(Vectorised, without(federation, federation.columns["target"].numpy() == 1), client, shared))
+    assert same(
+        found, answers(Vectorised, without(federation, federation.columns["target"].numpy() == 1), client, shared)
+    )
 
 
 def test_it_says_of_itself_what_the_other_says():
