@@ -1,14 +1,16 @@
 """Active forgetting: ordinary steps where there is nothing to forget, and new memories beside them where there is."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
 
 from clients.forget import ForgetWhileTraining
 from clients.sgd import Sgd
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.engines.sequential import prepare
 from fedsim.forgetting import at_hand
+from fedsim.optim import clipped
 from fedsim.task import Cohort, Task
 from fedsim.testing import check_client
 
@@ -34,45 +36,52 @@ def test_retained_examples_come_in_batches_and_the_others_evenly_with_them(forge
         assert not data["q"][data["target"] == 0].any()
 
 
+@pytest.mark.parametrize("clip", [0.4, 1e9])
+def test_with_nothing_to_forget_its_steps_are_those_of_sgd_to_the_bit(forgetful, clip):
+    @dataclass(frozen=True)
+    class Clipping(Sgd):
+        def step(self, state, batch):
+            loss, slope = self.model.gradient(state["params"], batch)
+            params, _ = self.optimiser.update(clipped(slope, clip), {}, state["params"])
+            return state | {"params": params, "loss": state["loss"] + loss * batch["mask"].sum()}
+
+    federation, model = forgetful(torch.float32)
+    shared = {"params": model.params} | REQUEST
+    client = ForgetWhileTraining(model=model, lr=0.3, batch_size=4, clip=clip)
+    data = prepare(Sequential(federation, {"train": client}, 3), Task("train", shared, round=1), 1)
+    data |= {"mask": torch.ones(13, dtype=torch.bool)}
+    rows = [(data["step"] == step).nonzero().flatten() for step in range(4)]
+    plain = Sgd(model=model, lr=0.3) if clip == 1e9 else Clipping(model=model, lr=0.3)
+    one, other = (part.run(shared, {}, data, rows) for part in (client, plain))
+    for name, leaf in one.update["params"].items():
+        assert torch.equal(leaf, other.update["params"][name]) and not torch.equal(leaf, model.params[name])
+    assert torch.equal(one.weight, other.weight) and torch.equal(one.metrics["loss"], other.metrics["loss"])
+
+
 @pytest.mark.parametrize("engine", [Sequential, Vectorised])
-def test_each_step_descends_both_losses_with_a_clipped_gradient(forgetful, engine):
+def test_all_its_examples_weigh_however_many_epochs_there_are(forgetful, engine):
     federation, model = forgetful()
-    client = ForgetWhileTraining(model=model, lr=0.3, beta=0.7, batch_size=4, clip=0.4)
-    here = engine(federation, {"train": client}, 3)
-    task = Task("train", {"params": model.params} | REQUEST, round=1)
-    replies = here.execute(task, Cohort([0, 1, 2, 3, 4]))
-    assert replies.failed == {}
-    for place, ident in enumerate(replies.ids):
-        data = prepare(here, task, ident)
-        params = {name: leaf.clone() for name, leaf in model.params.items()}
-        for step in range(int(data["step"].max()) + 1 if len(data["step"]) else 0):
-            free = {name: leaf.requires_grad_() for name, leaf in params.items()}
-            kept, gone = ((data["step"] == step) & (data["target"] == target) for target in (0, 1))
-            outputs = torch.func.functional_call(model.module, free, (data["x"],))
-            loss = torch.zeros((), dtype=torch.float64)
-            if kept.any():
-                loss = loss + cross_entropy(outputs[kept], data["y"][kept])
-            if gone.any():
-                loss = loss - 0.7 * (data["q"][gone] * log_softmax(outputs[gone], 1)).sum(1).mean()
-            slope = dict(zip(free, torch.autograd.grad(loss, list(free.values())), strict=True))
-            size = torch.cat([leaf.flatten() for leaf in slope.values()]).norm()
-            factor = min(1.0, 0.4 / float(size))
-            params = {name: (leaf - 0.3 * factor * slope[name]).detach() for name, leaf in params.items()}
-        for name, leaf in params.items():
-            torch.testing.assert_close(replies.update["params"][name][place], leaf.detach(), rtol=1e-7, atol=1e-9)
+    client = ForgetWhileTraining(model=model, lr=0.3, batch_size=4, epochs=3)
+    replies = engine(federation, {"train": client}, 3).execute(
+        Task("train", {"params": model.params} | REQUEST, round=1), Cohort(range(5))
+    )
     assert dict(zip(replies.ids, replies.weight.tolist(), strict=True)) == {0: 20, 1: 13, 2: 6, 3: 0, 4: 9}
 
 
-def test_with_one_batch_and_nothing_to_forget_it_is_a_step_of_sgd(forgetful):
+def test_what_a_request_before_named_is_gone_and_what_a_later_one_will_is_kept(forgetful):
     federation, model = forgetful()
-    task, cohort = Task("train", {"params": model.params} | REQUEST, round=1), Cohort([1])
-    forgetting = ForgetWhileTraining(model=model, lr=0.1, batch_size=50, clip=1e9)
-    one, other = (
-        Sequential(federation, {"train": client}, 3).execute(task, cohort).update["params"]
-        for client in (forgetting, Sgd(model=model, lr=0.1, batch_size=50))
-    )
-    for name, leaf in one.items():
-        torch.testing.assert_close(leaf, other[name], rtol=1e-12, atol=1e-14)
+    federation.columns["target"][:5] = torch.tensor([1, 2, 3, 1, 2])
+    engine = Sequential(federation, {"train": ForgetWhileTraining(model=model, lr=0.1, batch_size=4)}, 3)
+    for request, deleted, gone, left in (
+        (1, 0, {0, 3}, 20),
+        (2, 1, {1, 4}, 18),
+        (3, 2, {2}, 16),
+        (3, 0, set(range(5)), 20),
+    ):
+        data = prepare(engine, Task("train", at_hand(request, deleted), round=1), 0)
+        assert len(data["y"]) == left
+        named = {row for row in range(20) if federation.columns["x"][row, 0] in data["x"][data["target"] == 1, 0]}
+        assert named == gone
 
 
 def test_it_keeps_the_promises_of_a_client(forgetful):
