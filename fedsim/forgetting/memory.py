@@ -106,7 +106,8 @@ def memories(
     "teacher" and "mix": as `new_memories`; "random": another class, drawn for each example; "uniform": all others
     alike; zero else.
     """
-    classes = model.predict(model.params, {model.inputs: inputs[:0]}).shape[1]
+    one = inputs.new_zeros(1, *inputs.shape[1:])  # there may be no example, and not every network takes none
+    classes = model.predict(model.params, {model.inputs: one}).shape[1]
     q = torch.zeros(len(inputs), classes)
     if memory in ("teacher", "mix") and len(inputs):
         seeds = torch.randint(2**62, (teachers,), generator=generator).tolist()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from clients.forget import ForgetWhileTraining
@@ -12,6 +13,7 @@ from fedsim.data.federation import schedule
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.engines.sequential import prepare
 from fedsim.forgetting import at_hand
+from fedsim.model import Model
 from fedsim.task import Cohort, Task
 
 MEMORIES = ("teacher", "self", "mix", "random", "uniform", "ascent")
@@ -171,6 +173,26 @@ def test_what_the_server_does_not_send_is_told_with_what_to_set(forgetful, make,
 def test_settings_out_of_range_are_refused(forgetful, make, settings, told):
     with pytest.raises(ValueError, match=told):
         make(model=forgetful()[1], lr=0.1, **settings)
+
+
+@both_engines
+@both_clients
+@pytest.mark.parametrize("memory", ["teacher", "self"])
+def test_a_network_that_takes_no_empty_batch_is_never_given_one(forgetful, make, engine, memory):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 2, 2), nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x.view(len(x), 1, 2, 2)).view(len(x), -1))  # of nothing, -1 is anything
+
+    federation, _ = forgetful(torch.float32)
+    model = Model(Picky())
+    with pytest.raises(RuntimeError, match="0 elements"):
+        model.predict(model.params, {"x": torch.zeros(0, 4)})
+    replies = answer(engine, federation, make(model=model, lr=0.1, batch_size=4, memory=memory), sent(model))
+    assert replies.ids == [0, 1, 2, 3, 4]
 
 
 @both_clients
