@@ -12,8 +12,10 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from clients.forget import ForgetWhileTraining
+from clients.forget_alone import ForgetAlone
 from clients.retained import Retained
 from clients.sgd import Sgd
+from clients.weigh import Weigh
 from fedsim.data.dataset import Dataset
 from fedsim.data.federation import Partition
 from fedsim.data.targets import marked
@@ -92,7 +94,8 @@ def network(kind, seed):
 def after(strategy, forget, data, model, params, seed, number):
     """The model after some rounds from these parameters on."""
     plain = Sgd(model=model, lr=0.1, epochs=2, batch_size=32)
-    clients = {"train": plain, "repair": Retained(client=plain)} | ({"forget": forget} if forget else {})
+    clients = {"train": plain, "repair": Retained(client=plain), "weigh": Weigh(model=model)}
+    clients |= {"forget": forget} if forget else {}
     start = begin(strategy, params, clients, 10, seed)
     *_, last = islice(rounds(strategy, Sequential(data, clients, seed), everyone(10), start), number)
     return last.snapshot.state["params"]
@@ -189,3 +192,17 @@ def test_without_the_poisoned_copies_training_is_that_of_clean_clients_to_the_bi
         after(strategy, None, federation(10, 1, *how), model, model.params, 10, 2) for how in ((False, 0), (True, 1))
     )
     assert all(torch.equal(leaf, cleaned[name]) for name, leaf in clean.items())
+
+
+@pytest.mark.slow
+def test_alone_it_costs_the_other_classes_the_less_the_more_of_the_model_before_is_remembered():
+    model, data, before = network("mlp", 11), federation(11, 9, False), original("mlp", 11, 9, False)
+    weigh = Forget(num_clients=10, forgetting=20, alone=True, until=0.0, remember="importance")
+    found = []
+    for settings in ({}, {"memory": "mix"}, {"memory": "self"}, {"strength": 10.0}):
+        forget = ForgetAlone(model=model, lr=0.05, batch_size=32, **settings)
+        found.append(measured("mlp", 11, 9, after(weigh, forget, data, model, before, 11, 22)))
+    assert all(told.on_class <= 0.02 for told in found)
+    teacher, mix, own, pulled = (told.on_others for told in found)
+    assert teacher + 0.05 < mix < own - 0.05 and teacher + 0.05 < pulled
+    assert own > measured("mlp", 11, 9, before).on_others - 0.03
