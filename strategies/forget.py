@@ -42,8 +42,6 @@ from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
 from fedsim.tree import Tree
 
-PHASES = ("train", "weigh", "forget", "repair")
-
 
 @dataclass(frozen=True)
 class Forget(Strategy):

@@ -31,7 +31,8 @@ NEED_BEFORE: tuple[Memory, ...] = ("self", "mix")  # of the model before it forg
 
 def debiased(probabilities: Tensor) -> Tensor:
     """The same rows (n, K) without what all of them have in common; each sums to one."""
-    return _rows(probabilities / probabilities.mean(0, keepdim=True))
+    common = probabilities.mean(0, keepdim=True)
+    return _rows(probabilities / common.clamp(min=torch.finfo(common.dtype).tiny))  # some may have no chance anywhere
 
 
 def masked(probabilities: Tensor, forbidden: Tensor) -> Tensor:

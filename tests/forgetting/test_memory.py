@@ -45,6 +45,21 @@ def test_new_memories_are_laws_over_the_other_classes(threes):
     assert float(sharp.max()) > 0.3, "and differ once they are sharpened"
 
 
+def test_teachers_as_sharp_as_can_be_still_differ(threes):
+    forbidden = torch.full((len(threes),), 3)
+    for temperature in (1e-3, 1e-5):  # at which some classes have no chance at all, with any input
+        assert (fresh_chances(threes, temperature).mean(0) == 0).any()
+        q = new_memories(perceptron(), threes, forbidden, seeds=[7], temperature=temperature)
+        torch.testing.assert_close(q.sum(1), torch.ones(len(threes)), rtol=0, atol=1e-6)
+        assert not q[:, 3].any() and (q >= 0).all()
+        assert float(q.max()) > 0.9, "and not all alike, as those that say nothing"
+
+
+def fresh_chances(inputs, temperature):
+    model = perceptron()
+    return (model.predict(fresh(model, 7), {"x": inputs}) / temperature).softmax(1)
+
+
 def test_each_input_has_its_own_forbidden_class():
     found = masked(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), torch.tensor([0, 1, 1]))
     expected = torch.tensor([[0, 0.5, 0.5], [2 / 3, 0, 1 / 3], [0.5, 0, 0.5]])  # uniform where nothing else was likely
