@@ -87,10 +87,11 @@ class ForgetAlone(Client):
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model."""
-        return {"params": shared["params"], "loss": torch.zeros((), dtype=torch.float64), "shared": shared}
+        zero = torch.zeros((), dtype=torch.float64)
+        return {"params": shared["params"], "loss": zero, "right": zero, "shared": shared}
 
     def step(self, state: Tree, batch: Batch) -> Tree:
-        """One step on the new memories' mean loss."""
+        """One step on the new memories' mean loss; and how many of the examples the server's model predicts right."""
         before = cast(Params | None, state["shared"].get("before"))
 
         def loss(params: Params) -> Tensor:
@@ -100,12 +101,14 @@ class ForgetAlone(Client):
         value, slope = gradient(loss, state["params"])
         params, _ = self.optimiser.update(clipped(slope, self.clip), {}, state["params"])
         params = pull(params, state["shared"], self.lr, self.strength)
-        return state | {"params": params, "loss": state["loss"] + value * batch["mask"].sum()}
+        guess = self.model.predict(state["shared"]["params"], batch).argmax(1)
+        right = (batch["mask"] & (guess == batch[self.model.target])).sum()
+        met = state["loss"] + value * batch["mask"].sum()
+        return state | {"params": params, "loss": met, "right": state["right"] + right}
 
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The trained model, the mean loss met on the way, and how much the server's model still knew."""
         examples = data["mask"].sum()
-        loss = state["loss"] / (examples * self.epochs).clamp(min=1)
-        right = self.model.predict(shared["params"], data).argmax(1) == data[self.model.target]
-        metrics = {"loss": loss, "accuracy": mean(right.to(loss.dtype), data["mask"])}
-        return Reply({"params": state["params"]}, examples.to(loss.dtype), metrics=metrics)
+        visits = (examples * self.epochs).clamp(min=1)
+        metrics = {"loss": state["loss"] / visits, "accuracy": state["right"] / visits}
+        return Reply({"params": state["params"]}, examples.to(state["loss"].dtype), metrics=metrics)

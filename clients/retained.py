@@ -7,6 +7,7 @@ little.
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fedsim.client import Client
 from fedsim.forgetting import kept
@@ -30,6 +31,8 @@ class Retained(Client):
         object.__setattr__(self, "epochs", self.client.epochs)
         object.__setattr__(self, "batch_size", self.client.batch_size)
         super().__post_init__()
+        if type(self.client).run is not Client.run:
+            raise ValueError(f"client: {type(self.client).__name__} overrides run, of which Retained knows nothing")
 
     @property
     def split(self) -> str:
@@ -55,6 +58,11 @@ class Retained(Client):
         """What the other takes up."""
         return self.client.footprint(shared, examples)
 
+    @property
+    def keeper(self) -> Client:
+        """The other."""
+        return self.client.keeper
+
     def personal(self, rng: torch.Generator) -> Tree:
         """What the other keeps."""
         return self.client.personal(rng)
@@ -78,3 +86,7 @@ class Retained(Client):
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """As the other."""
         return self.client.finish(shared, state, data)
+
+    def run_cohort(self, shared: Tree, personal: Tree, data: Batch, rows: Tensor) -> Reply:
+        """As the other, which may have its own way."""
+        return self.client.run_cohort(shared, personal, data, rows)

@@ -16,7 +16,7 @@ import torch
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.forgetting import empirical_fisher, remaining, true_fisher
+from fedsim.forgetting import empirical_fisher, remaining, together, true_fisher
 from fedsim.model import Model
 from fedsim.ranges import Count
 from fedsim.task import Batch, Reply
@@ -38,6 +38,12 @@ class Weigh(Client):
     def needs(self) -> tuple[str, ...]:
         """What is to be forgotten."""
         return (self.model.inputs, self.model.target, "target")
+
+    def footprint(self, shared: Tree, examples: int) -> int:
+        """The sums, and above all the gradients of single examples, and their squares."""
+        params = shared["params"]
+        at_once = min(self.batch_size, examples, together(params))
+        return super().footprint(shared, examples) + 2 * at_once * tree.count_bytes(tree.leaves(params))
 
     def select(self, examples: Batch, shared: Tree) -> Batch:
         """Those that no request before has named."""

@@ -59,6 +59,11 @@ class Client(ABC):
         """
         return 4 * tree.count_bytes(tree.leaves(shared))
 
+    @property
+    def keeper(self) -> "Client":
+        """Whose `personal` it is, of which what is drawn depends: its own, unless it stands around another client."""
+        return self
+
     def personal(self, rng: torch.Generator) -> Tree:
         """What a client keeps to itself, as it is before its first round."""
         return {}

@@ -19,7 +19,8 @@ class Personal:
 
     def __init__(self, clients: Mapping[str, Client], num_clients: int, seed: int) -> None:
         makers = sorted(clients.items(), key=lambda item: item[0])
-        self._makers = [client for _, client in makers if type(client).personal is not Client.personal]
+        keepers = [client.keeper for _, client in makers]
+        self._makers = [client for client in keepers if type(client).personal is not Client.personal]
         self._seed = seed
         self._slot = torch.full((num_clients,), -1)  # (N,) row of each client, -1: not seen
         self._rows: Tree = {}  # leaves (capacity, ...)

@@ -42,8 +42,6 @@ from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
 from fedsim.tree import Tree
 
-PHASES = ("train", "weigh", "forget", "repair")
-
 
 @dataclass(frozen=True)
 class Forget(Strategy):
@@ -121,7 +119,9 @@ class Forget(Strategy):
         return state
 
     def configure(self, state: Tree, round: int) -> Task:
-        """What the phase asks."""
+        """What the phase asks; of nobody, where all phases are over and a loop of Flower's goes on."""
+        if self.done(state):
+            return Task(self.plan[-1][0], {"params": state["params"]}, (), reduce="mean")
         action, _, request, deleted = self.plan[int(state["phase"])]
         shared: Tree = {"params": state["params"]}
         if action == "train":
@@ -145,14 +145,22 @@ class Forget(Strategy):
         over = False
         if action == "forget":
             state = state | {"holders": _holders(state["holders"], replies)}
-            accuracy = averages(replies).get("accuracy", 0.0 if self.alone else None)
-            if self.until is not None and accuracy is None:
-                raise ValueError('until needs clients that tell their "accuracy" on what is to be forgotten before')
-            over = self.until is not None and accuracy is not None and accuracy <= self.until
+            over = self._over(state, replies)
         if not over and bool(replies.weight.sum() > 0):  # else there is nothing to learn from
             state = state | {"params": replies.update["params"]}
         done = state["rounds"] + 1
         return (self._on(state) if over or done >= rounds else state | {"rounds": done}), told
+
+    def _over(self, state: Tree, replies: Replies) -> bool:
+        """Whether nothing is left to forget: nobody has anything, or the model that was sent knows little of it."""
+        if self.alone and not state["holders"].any():
+            return True
+        if self.until is None:
+            return False
+        if "accuracy" not in replies.metrics:
+            raise ValueError('until needs clients that tell their "accuracy" on what is to be forgotten before')
+        known = averages(replies).get("accuracy")  # where nobody of the cohort has anything to forget, who knows
+        return known is not None and known <= self.until
 
     def _on(self, state: Tree) -> Tree:
         """The first round of the next phase."""

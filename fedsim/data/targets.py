@@ -55,12 +55,17 @@ def marked(
     The common test set is marked as well, by `class` and `where`; what samples or a client have there, nobody knows.
 
     Raises:
-        ValueError: a request is not like this, or names no training example; or nothing is left to be kept.
+        ValueError: a request is not like this, or names no training example; nothing is left to be kept; or the data
+            have a column "target" of their own.
     """
     if not requests:
         raise ValueError("requests must name something to forget, got none")
     if leave_out > len(requests):
         raise ValueError(f"leave_out must be at most the number of requests, {len(requests)}, got {leave_out}")
+    if "target" in dataset.columns:
+        raise ValueError(
+            f"{dataset.name} has a column target itself, which is to say what is to be forgotten: rename it"
+        )
     federation, sources = _apart(divide(dataset, partition, validation, test, seed))
     owner, trained = _owners(federation)
     target, common = np.zeros(len(sources), dtype=np.int64), np.zeros(_length(federation.test), dtype=np.int64)
@@ -108,11 +113,16 @@ def told(request: Request) -> str:
     for key, value in request.items():
         some = value.items() if isinstance(value, Mapping) else [("", value)]
         for name, part in some:
-            part = " to ".join(str(part.get(end, "")) for end in BOUNDS) if isinstance(part, Mapping) else part
+            part = _between(part) if isinstance(part, Mapping) else part
             part = f"{len(part)} of them" if isinstance(part, list) and len(part) > 5 else part
             part = ", ".join(map(str, part)) if isinstance(part, list) else part
             words.append(" ".join(filter(None, (key if key != "where" else "", name, str(part)))))
     return ", ".join(words)
+
+
+def _between(bounds: Mapping[str, Any]) -> str:
+    words = zip(("from", "to"), BOUNDS, strict=True)
+    return " ".join(f"{word} {bounds[end]}" for word, end in words if end in bounds)
 
 
 def _length(columns: Batch) -> int:
@@ -180,7 +190,8 @@ def _meets(place: str, name: str, value: Any, names: Names, columns: Batch) -> F
         else:
             allowed = f"one of {', '.join(named[:20])}, or its number" if named else "a number"
             raise ValueError(f"{place} = {one!r}: must be {allowed}")
-    return np.isin(column, numbers)
+    wanted = np.array(numbers)
+    return np.isin(column, wanted.astype(column.dtype) if np.issubdtype(column.dtype, np.floating) else wanted)
 
 
 def _number(value: Any) -> bool:
@@ -195,7 +206,7 @@ def _sampled(request: Request, where: str, size: int) -> Flags:
     if isinstance(given, str):
         if not Path(given).is_file():
             raise ValueError(f"{place} = {given!r}: there is no such file")
-        given = [int(line) if line.isdigit() else line for line in Path(given).read_text("utf-8", "replace").split()]
+        given = [int(line) if line.isdecimal() else line for line in Path(given).read_text("utf-8", "replace").split()]
     return _flags(given, place, size, "row", "rows of the data set")
 
 

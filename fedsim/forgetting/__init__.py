@@ -1,6 +1,6 @@
 """Forgetting: what is to be remembered instead, which parameters the rest hangs on, and whether anything is left."""
 
-from fedsim.forgetting.fisher import Evidence, empirical_fisher, importance, pull, pulled, true_fisher
+from fedsim.forgetting.fisher import Evidence, empirical_fisher, importance, pull, pulled, together, true_fisher
 from fedsim.forgetting.membership import (
     Apart,
     Shadows,
@@ -47,6 +47,7 @@ __all__ = [
     "pull",
     "pulled",
     "remaining",
+    "together",
     "train_shadows",
     "true_fisher",
 ]

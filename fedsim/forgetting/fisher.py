@@ -50,6 +50,11 @@ class Evidence(NamedTuple):
         return tree.map(lambda leaf: leaf / self.examples.clamp(min=1).to(leaf.dtype), self.sums)
 
 
+def together(params: Params) -> int:
+    """Of how many examples the gradients are in memory at one time, at most."""
+    return max(1, AT_ONCE // max(1, sum(leaf.numel() for leaf in params.values())))
+
+
 def true_fisher(model: Model, params: Params, inputs: Tensor, mask: Tensor | None = None) -> Evidence:
     """The true diagonal Fisher information of the inputs (n, ...), of those where the mask (n,) holds."""
     chance = model.predict(params, {model.inputs: inputs}).softmax(1)  # (n, K)
@@ -77,7 +82,7 @@ def _squares(model: Model, params: Params, inputs: Tensor, labels: Tensor, weigh
         return torch.nn.functional.log_softmax(logits, 1)[0].gather(0, label[None])[0]
 
     each: Callable[..., Params] = vmap(grad(surprise), in_dims=(None, 0, 0))
-    step = max(1, AT_ONCE // max(1, sum(leaf.numel() for leaf in params.values())))
+    step = together(params)
     total = tree.map(torch.zeros_like, params)
     for start in range(0, len(inputs), step):
         part = slice(start, start + step)

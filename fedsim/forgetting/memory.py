@@ -31,7 +31,8 @@ NEED_BEFORE: tuple[Memory, ...] = ("self", "mix")  # of the model before it forg
 
 def debiased(probabilities: Tensor) -> Tensor:
     """The same rows (n, K) without what all of them have in common; each sums to one."""
-    return _rows(probabilities / probabilities.mean(0, keepdim=True))
+    common = probabilities.mean(0, keepdim=True)
+    return _rows(probabilities / common.clamp(min=torch.finfo(common.dtype).tiny))  # some may have no chance anywhere
 
 
 def masked(probabilities: Tensor, forbidden: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ def memories(
     "teacher" and "mix": as `new_memories`; "random": another class, drawn for each example; "uniform": all others
     alike; zero else.
     """
-    classes = model.predict(model.params, {model.inputs: inputs[:0]}).shape[1]
+    one = inputs.new_zeros(1, *inputs.shape[1:])  # there may be no example, and not every network takes none
+    classes = model.predict(model.params, {model.inputs: one}).shape[1]
     q = torch.zeros(len(inputs), classes)
     if memory in ("teacher", "mix") and len(inputs):
         seeds = torch.randint(2**62, (teachers,), generator=generator).tolist()

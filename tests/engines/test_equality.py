@@ -4,7 +4,7 @@ A new client needs one line in SHIPPED.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -16,20 +16,24 @@ from clients.fedmf import factors
 from clients.fedrecgel import DualSam
 from clients.fedrecgel_loss import UserLoss
 from clients.forget import ForgetWhileTraining
+from clients.forget_alone import ForgetAlone
 from clients.ncf import OWN, scorer
 from clients.penalty import PenalisedAdam
 from clients.pfedrec import TABLE, DualPersonal
 from clients.pfedrec import scorer as layer
 from clients.prox import Prox
 from clients.qfedavg import LossThenSgd
+from clients.retained import Retained
 from clients.sam import Sam
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
 from clients.wassffed import CountScores, TransportAdam
+from clients.weigh import Weigh
 from fedsim import tree
 from fedsim.client import Client
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.evaluation import Evaluate
+from fedsim.forgetting import at_hand
 from fedsim.model import Model
 from fedsim.personal import Personal
 from fedsim.sharpness import MeanLoss
@@ -49,14 +53,6 @@ class Resampling(Sgd):
         chosen = torch.randint(max(size, 1), (drawn,), generator=rng)
         noise = torch.randn(drawn, 5, generator=rng).to(examples["x"].dtype)
         return {"x": examples["x"][chosen] + 0.1 * noise, "y": examples["y"][chosen]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forgetting(ForgetWhileTraining):
-    """Forgets one of the groups."""
-
-    def prepare(self, examples, rng):
-        return super().prepare(examples | {"target": examples["a"]}, rng)
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,14 @@ class Shipped(NamedTuple):
 
 def half(model):
     return {"control": tree.map(lambda leaf: 0.5 * leaf, model.params)}
+
+
+def asked(model):
+    """A request, what the model was before, and which of its parameters matter."""
+    weighed = {
+        name: torch.linspace(0, 2, leaf.numel()).reshape(leaf.shape).to(leaf) for name, leaf in model.params.items()
+    }
+    return at_hand(1, 0) | {"before": tree.map(lambda leaf: 0.9 * leaf, model.params), "omega": weighed}
 
 
 def priced(model):
@@ -167,7 +171,20 @@ SHIPPED = {
     "fedrecgel's loss and its slope": Shipped(
         lambda model: WithEmbedding(model=ncf(model), negatives=2, slope=True), shared_ncf
     ),
-    "forget while training": Shipped(lambda model: Forgetting(model=model, lr=0.1, epochs=2, batch_size=8)),
+    "forget while training": Shipped(
+        lambda model: ForgetWhileTraining(model=model, lr=0.1, epochs=2, batch_size=8), asked
+    ),
+    "forget while training, with importance": Shipped(
+        lambda model: ForgetWhileTraining(model=model, lr=0.1, memory="mix", strength=2.0, epochs=2, batch_size=8),
+        asked,
+    ),
+    "forget alone": Shipped(
+        lambda model: ForgetAlone(model=model, lr=0.1, memory="self", strength=2.0, epochs=2, batch_size=8), asked
+    ),
+    "weigh": Shipped(lambda model: Weigh(model=model, batch_size=8), asked),
+    "retained": Shipped(
+        lambda model: Retained(client=Sgd(model=model, lr=0.1, momentum=0.9, epochs=2, batch_size=8)), asked
+    ),
     "fedmf": Shipped(
         lambda model: DualSam(model=mf(model), lr=0.5, rho_shared=0, rho_own=0, rule="sgd", negatives=2),
         lambda model: {"params": {"item_factors": mf(model).params["item_factors"]}},
@@ -234,7 +251,8 @@ def assert_same(one, other, dtype, reduce="stack"):
 
 def both(classification, name, dtype):
     model, federation = classification(SIZES, dtype)
-    case = SHIPPED[name]
+    columns = federation.columns | {"target": federation.columns["a"]}  # one of the groups is to be forgotten
+    federation, case = replace(federation, columns=columns), SHIPPED[name]
     client = case.client(model)
     return {"train": client}, federation, {"params": model.params} | case.sent(model)
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,11 @@ from flwr.serverapp import ServerApp
 
 import fedsim
 import fedsim.flower
+from clients.forget import ForgetWhileTraining
+from clients.retained import Retained
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
+from clients.weigh import Weigh
 from fedsim import Cohort, Sequential, Task, Vectorised, begin, rounds
 from fedsim.engines.ray import Ray
 from fedsim.engines.ray.carry import freeze, thaw
@@ -30,6 +33,7 @@ from fedsim.evaluation import Evaluate
 from fedsim.sampling import uniform
 from fedsim.tree import Rows, flatten
 from strategies.fedavg import FedAvg
+from strategies.forget import Forget
 from strategies.scaffold import Scaffold
 
 pytestmark = [
@@ -67,13 +71,24 @@ def same(one, other):
 
 @pytest.mark.parametrize(
     ("method", "inner"),
-    [("fedavg", Sequential), ("scaffold", Sequential), ("stack", Sequential), ("scaffold", Vectorised)],
+    [
+        ("fedavg", Sequential),
+        ("scaffold", Sequential),
+        ("stack", Sequential),
+        ("scaffold", Vectorised),
+        ("forget", Sequential),
+        ("forget", Vectorised),
+    ],
 )
 def test_any_number_of_workers_gives_the_bits_of_the_inner_engine(classification, method, inner):
     model, federation = classification(SIZES)
-    strategy = {"fedavg": FedAvg(), "scaffold": Scaffold(num_clients=8), "stack": Stacking()}[method]
-    make = ControlledSgd if method == "scaffold" else Sgd
-    clients = {"train": make(model=model, lr=0.1, batch_size=4)}
+    forget = Forget(num_clients=8, training=1, forgetting=1, repairing=1, remember="importance")
+    made = {"fedavg": FedAvg(), "scaffold": Scaffold(num_clients=8), "stack": Stacking(), "forget": forget}
+    strategy, make = made[method], ControlledSgd if method == "scaffold" else Sgd
+    clients = {"train": make(model=model, lr=0.1, batch_size=4), "weigh": Weigh(model=model)}
+    clients["forget"] = ForgetWhileTraining(model=model, lr=0.1, batch_size=4, memory="mix", strength=1.0)
+    clients["repair"] = Retained(client=clients["train"])
+    federation = replace(federation, columns=federation.columns | {"target": federation.columns["a"]})
     here = final(strategy, inner(federation, clients, 3), clients, federation, model)
     for workers in (1, 2, 3):
         engine = Ray(federation, clients, 3, workers=workers, cpus=0.5, inner=inner.__name__.lower())

@@ -59,6 +59,7 @@ from strategies.fedfact import FedFact
 from strategies.fedfact_post import FedFactPost
 from strategies.fedopt import FedOpt
 from strategies.fedrecgel import FedRecGel
+from strategies.forget import Forget
 from strategies.fusion import Fusion
 from strategies.mostpop import MostPop
 from strategies.pfedrec import PFedRec
@@ -106,6 +107,7 @@ SHIPPED = {
     "distillation": Case(Distillation(LIKE, PROBE, steps=5, lr=0.01, batch_size=8)),
     "fusion": Case(Fusion(LIKE)),
     "wassffed": Case(WassFFed(3, 2)),  # the rounds of its warm-up
+    "forget": Case(Forget(N, training=5)),  # the rounds in which it trains
     "qfedavg": Case(QFedAvg(q=1.5), lambda model: LossThenSgd(model=model, lr=0.1, epochs=2, batch_size=8)),
 }
 

@@ -5,13 +5,17 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fedsim.forgetting import debiased, fresh, masked, new_memories
+from fedsim.forgetting import debiased, fresh, masked, memories, new_memories
 from fedsim.model import Model
 
 
 def perceptron(seed=0):
     torch.manual_seed(seed)
-    return Model(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)))
+    return Model(network())
+
+
+def network():
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,21 @@ def test_new_memories_are_laws_over_the_other_classes(threes):
     assert float((q[:, others] - 1 / 9).abs().max()) < 0.02, "teachers of default networks are nearly uniform"
     sharp = new_memories(perceptron(), threes, forbidden, seeds=[7, 8, 9], temperature=0.01)
     assert float(sharp.max()) > 0.3, "and differ once they are sharpened"
+
+
+def test_teachers_as_sharp_as_can_be_still_differ(threes):
+    forbidden = torch.full((len(threes),), 3)
+    for temperature in (1e-3, 1e-5):  # at which some classes have no chance at all, with any input
+        assert (fresh_chances(threes, temperature).mean(0) == 0).any()
+        q = new_memories(perceptron(), threes, forbidden, seeds=[7], temperature=temperature)
+        torch.testing.assert_close(q.sum(1), torch.ones(len(threes)), rtol=0, atol=1e-6)
+        assert not q[:, 3].any() and (q >= 0).all()
+        assert float(q.max()) > 0.9, "and not all alike, as those that say nothing"
+
+
+def fresh_chances(inputs, temperature):
+    model = perceptron()
+    return (model.predict(fresh(model, 7), {"x": inputs}) / temperature).softmax(1)
 
 
 def test_each_input_has_its_own_forbidden_class():
@@ -79,3 +98,38 @@ def test_what_cannot_be_drawn_anew_is_refused(threes):
         new_memories(perceptron(), threes, torch.full((len(threes),), 3), seeds=[])
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
         new_memories(perceptron(), threes, torch.full((len(threes),), 3), seeds=[1], temperature=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_the_teachers_of_a_memory_are_those_that_the_generator_draws(threes, temperature):
+    model, labels = perceptron(), torch.arange(len(threes)) % 10
+    seeds = torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(5)).tolist()
+    said = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        part = (network()(threes) / temperature).softmax(1)
+        part = part / part.mean(0)
+        said.append(part / part.sum(1, keepdim=True))
+    q = torch.stack(said).mean(0)
+    q[torch.arange(len(threes)), labels] = 0
+    for memory in ("teacher", "mix"):
+        generator = torch.Generator().manual_seed(5)
+        found = memories(memory, model, threes, labels, generator, teachers=4, temperature=temperature)
+        torch.testing.assert_close(found, q / q.sum(1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+def test_another_label_is_drawn_evenly_and_all_others_are_alike():
+    inputs, labels = torch.zeros(9000, 64), torch.arange(9000) % 10
+    drawn = memories("random", perceptron(), inputs, labels, torch.Generator().manual_seed(0))
+    assert (drawn.sum(1) == 1).all() and not drawn.gather(1, labels[:, None]).any()
+    counts = torch.stack([drawn[labels == label].sum(0) for label in range(10)])  # of 900 each, 100 for each other
+    off = counts[~torch.eye(10, dtype=torch.bool)]
+    assert float((off - 100).abs().max()) < 5 * (900 * 8 / 81) ** 0.5
+    alike = memories("uniform", perceptron(), inputs[:10], labels[:10], torch.Generator())
+    torch.testing.assert_close(alike, (1 - torch.eye(10)) / 9)
+
+
+@pytest.mark.parametrize("memory", ["teacher", "self", "mix", "random", "uniform", "ascent"])
+def test_nothing_to_forget_has_no_memories(memory):
+    found = memories(memory, perceptron(), torch.zeros(0, 64), torch.zeros(0, dtype=torch.int64), torch.Generator())
+    assert found.shape == (0, 10) and found.dtype == torch.float32
