@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from clients.activations import MeasureActivations
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
 from clients.fedmf import factors
@@ -57,6 +58,14 @@ class Forgetting(ForgetWhileTraining):
 
     def prepare(self, examples, rng):
         return super().prepare(examples | {"target": examples["a"]}, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(MeasureActivations):
+    """Is to forget one of the groups."""
+
+    def select(self, examples, shared):
+        return super().select(examples | {"target": examples["a"]}, shared)
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,10 @@ def score_layer(model):
     return Model(small.module.to(model.params["0.weight"].dtype), small.criterion, "item", "y")
 
 
+def first_request(model):
+    return {"request": torch.tensor(1), "deleted": torch.tensor(0)}
+
+
 SHIPPED = {
     "sgd": Shipped(lambda model: Sgd(model=model, lr=0.1, epochs=2, batch_size=8)),
     "momentum": Shipped(
@@ -168,6 +181,7 @@ SHIPPED = {
         lambda model: WithEmbedding(model=ncf(model), negatives=2, slope=True), shared_ncf
     ),
     "forget while training": Shipped(lambda model: Forgetting(model=model, lr=0.1, epochs=2, batch_size=8)),
+    "activations": Shipped(lambda model: Measuring(model=model, batch_size=8), first_request),
     "fedmf": Shipped(
         lambda model: DualSam(model=mf(model), lr=0.5, rho_shared=0, rho_own=0, rule="sgd", negatives=2),
         lambda model: {"params": {"item_factors": mf(model).params["item_factors"]}},
