@@ -24,8 +24,8 @@ Symbols: `training` is E, `interval` Delta t; r is the ratio of the epochs of th
 
 Differs from the paper: what is removed are examples, not a client, so all clients calibrate, the first round's updates
 too, which here have seen the target, and clients count by the examples that they have left. The norm is of each
-parameter tensor, as in the authors' code, which takes it of the mean of all clients; the paper's formula, which is for
-each client, leaves open of what. The paper's mean has one more factor, 1 / (K - 1), which would make it no mean.
+parameter tensor, as in the authors' code, which takes it of the mean of all clients; the paper's formula is for each
+client, and does not say of what. The paper's mean has one more factor, 1 / (K - 1), which would make it no mean.
 """
 
 from dataclasses import dataclass

@@ -28,7 +28,8 @@ Differs from the paper: the share is pruned in each layer, where the authors' co
 adds up to one in a layer, channels of narrow layers would go first, and a layer might go as a whole. One channel stays
 in any case. Several classes are pruned together, by their shares, where the paper removes one after another: as
 requests they are dealt with one by one here, too. Linear layers are pruned as convolutions are. A channel is cut off
-by its own parameters: behind an activation that is not zero at zero a constant is left of it.
+by its own parameters: behind an activation that is not zero at zero a constant is left of it. Clients know nothing of
+that: behind a ReLU, which is flat at zero, what is pruned stays; elsewhere it moves until the server's next mean.
 """
 
 from collections.abc import Sequence
