@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from fedsim import tree
+from fedsim.layers import Layer, chain, check_covered
 from fedsim.model import Model
 from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
 from fedsim.transport.discrete import plan
 from fedsim.tree import Tree
-from strategies.chain import Layer, chain
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class Fusion(Strategy):
 
     def init(self, params: Params) -> Tree:
         """The model; raises ValueError where its parameters are not those of a chain of layers."""
-        covered = {name for layer in self.layers for name in layer.names}
-        for name in sorted(covered ^ params.keys()):
-            why = "belongs to no layer of its network" if name in params else "is not among the parameters to train"
-            raise ValueError(f"fusion cannot tell whose neurons these are: {name} {why}")
+        check_covered(self.layers, params)
         return {"params": params}
 
     def configure(self, state: Tree, round: int) -> Task:

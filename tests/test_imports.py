@@ -17,7 +17,7 @@ ROOMS = (
     {"randomness", "rows"},
     {"tree"},
     {"task"},
-    {"client"},
+    {"client", "layers"},
     {"model", "optim", "personal", "data"},
     {"networks"},
     {"engines"},

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from clients.activations import MeasureActivations
 from clients.fairfed import ReweightedSgd
 from clients.fedfact import FairSgd
 from clients.fedmf import factors
@@ -185,6 +186,7 @@ SHIPPED = {
     "retained": Shipped(
         lambda model: Retained(client=Sgd(model=model, lr=0.1, momentum=0.9, epochs=2, batch_size=8)), asked
     ),
+    "activations": Shipped(lambda model: MeasureActivations(model=model, batch_size=8), asked),
     "fedmf": Shipped(
         lambda model: DualSam(model=mf(model), lr=0.5, rho_shared=0, rho_own=0, rule="sgd", negatives=2),
         lambda model: {"params": {"item_factors": mf(model).params["item_factors"]}},

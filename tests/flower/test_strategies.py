@@ -55,6 +55,7 @@ from fedsim.task import Cohort, Draw, Replies, Task
 from strategies.distillation import Distillation
 from strategies.fairfed import FairFed
 from strategies.fedavg import FedAvg
+from strategies.federaser import FedEraser
 from strategies.fedfact import FedFact
 from strategies.fedfact_post import FedFactPost
 from strategies.fedopt import FedOpt
@@ -63,6 +64,7 @@ from strategies.forget import Forget
 from strategies.fusion import Fusion
 from strategies.mostpop import MostPop
 from strategies.pfedrec import PFedRec
+from strategies.pruning import Pruning
 from strategies.qfedavg import QFedAvg
 from strategies.scaffold import Scaffold
 from strategies.wassffed import WassFFed
@@ -108,6 +110,8 @@ SHIPPED = {
     "fusion": Case(Fusion(LIKE)),
     "wassffed": Case(WassFFed(3, 2)),  # the rounds of its warm-up
     "forget": Case(Forget(N, training=5)),  # the rounds in which it trains
+    "federaser": Case(FedEraser(N, training=5)),  # the rounds in which it trains
+    "pruning": Case(Pruning(LIKE, N, training=5)),  # the same
     "qfedavg": Case(QFedAvg(q=1.5), lambda model: LossThenSgd(model=model, lr=0.1, epochs=2, batch_size=8)),
 }
 

@@ -12,13 +12,13 @@ from clients.sgd import Sgd
 from fedsim import tree
 from fedsim.config import assemble, read
 from fedsim.engines.local import Sequential
+from fedsim.layers import chain
 from fedsim.model import Model
 from fedsim.networks import seeded
 from fedsim.sampling import everyone
 from fedsim.simulation import begin, rounds
 from fedsim.task import Replies, Task
 from fedsim.testing import check_strategy
-from strategies.chain import chain
 from strategies.fedavg import FedAvg
 from strategies.fusion import Fusion
 

@@ -1,10 +1,14 @@
-"""The layers of a network that is a chain: which of its parameters belong to which neurons."""
+"""The layers of a network that is a chain: which of its parameters belong to which neurons, and what these say."""
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch.fx
 from torch import nn
+
+from fedsim.task import Params
 
 # What leaves neurons where they are, as module or as function; names in lower case, without underscores.
 KEEPS = frozenset((
@@ -60,6 +64,32 @@ def chain(network: nn.Module) -> list[Layer]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is used twice: its neurons would have two places")
     return found
+
+
+def check_covered(layers: Sequence[Layer], params: Params) -> None:
+    """Raises ValueError where the parameters are not those of the layers: one too many, or one that is not trained."""
+    covered = {name for layer in layers for name in layer.names}
+    for name in sorted(covered ^ params.keys()):
+        why = "belongs to no layer of its network" if name in params else "is not among the parameters to train"
+        raise ValueError(f"it cannot be told whose neurons these are: {name} {why}")
+
+
+def hidden_outputs(network: nn.Module) -> torch.fx.GraphModule:
+    """The same network with the same parameters, as it is used (no dropout), that tells what its hidden layers do.
+
+    It gives the outputs of each hidden layer itself, before norm and activation, (n, neurons, ...), as a tuple, in the
+    order of `chain`. Unlike hooks this changes no module, and runs wherever the network does, under vmap as well.
+
+    Raises:
+        ValueError: as `chain`.
+    """
+    wanted = {layer.weight for layer in chain(network) if layer.hidden}
+    used = copy.deepcopy(network, {id(leaf): leaf for leaf in network.parameters()}).eval()
+    graph = torch.fx.Tracer().trace(used)
+    told = tuple(node for node in graph.nodes if node.op == "call_module" and f"{node.target}.weight" in wanted)
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    end.args = (told,)
+    return torch.fx.GraphModule(used, graph)
 
 
 def _extend(found: list[Layer], node: torch.fx.Node, network: nn.Module) -> None:
@@ -125,4 +155,4 @@ def _normed(last: Layer, part: Any, names: tuple[str, ...], node: torch.fx.Node)
 
 
 def _refuse(node: torch.fx.Node, why: str) -> NoReturn:
-    raise ValueError(f"the network is no chain of layers that can be fused: {node.target} {why}")
+    raise ValueError(f"the network is no chain of layers that are known: {node.target} {why}")
