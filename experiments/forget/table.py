@@ -77,10 +77,13 @@ class Case(NamedTuple):
         there = [path.parents[1] for path in (self.root / name).glob(f"*-{self.seed}/report/index.html")]
         if there:
             return max(there)
-        about = f"split.label={self.label}" if self.backdoor else f"split.requests=[{{ class = {self.label} }}]"
-        which = f"forget/fashion-mnist{experiment}{'-backdoor' if self.backdoor else ''}"
-        asked = (f"seed={self.seed}", f"name={name}", about, *changes)
-        return fedsim.run(which, changes=asked, root=self.root).path
+        about = (
+            f'use = "backdoored", label = {self.label}'
+            if self.backdoor
+            else (f'use = "marked", requests = [{{ class = {self.label} }}]')
+        )
+        asked = (f"seed={self.seed}", f"name={name}", f"split={{ {about} }}", *changes)
+        return fedsim.run(f"forget/fashion-mnist{experiment}", changes=asked, root=self.root).path
 
     def certificate(self, method: str, shadows: int) -> Certificate:
         """What a method has forgotten here."""
