@@ -1,4 +1,4 @@
-"""Active forgetting and what it is compared with, on Fashion-MNIST, each with its certificate.
+"""Active forgetting and what it is compared with, on Fashion-MNIST or digits, each with its certificate.
 
 `python -m experiments.forget.table` trains a model, trains it anew without what is to be forgotten, lets each method
 forget, measures all of it, and prints the mean over seeds and classes. What is there already in the folder is not run
@@ -39,9 +39,10 @@ METHODS: Mapping[str, Method] = {
     "gradient ascent": Method(
         ('clients.forget={ use = "forget_alone", memory = "ascent", lr = 0.02, batch_size = 32 }', *ALONE)
     ),
-    "pruning": Method((), "-pruning"),
-    "FedEraser": Method((), "-federaser", begins=False),
+    "pruning": Method(("strategy.repairing=4",), "-pruning"),
+    "FedEraser": Method(("strategy.repairing=0",), "-federaser", begins=False),
 }
+TRAINING = {"fashion-mnist": 25, "digits": 40}  # rounds, of the first model and the retrained one
 MEASURES = {
     "target": lambda found: found.models["after"].get("target_accuracy", np.nan),
     "rest": lambda found: found.models["after"]["retained_accuracy"],
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     label: int
     backdoor: bool
     root: Path
+    data: str = "fashion-mnist"
 
     def run(self, name: str, changes: Sequence[str], experiment: str = "") -> Path:
         """The directory of a run, which is run if it is not there."""
@@ -83,11 +85,11 @@ class Case(NamedTuple):
             else (f'use = "marked", requests = [{{ class = {self.label} }}]')
         )
         asked = (f"seed={self.seed}", f"name={name}", f"split={{ {about} }}", *changes)
-        return fedsim.run(f"forget/fashion-mnist{experiment}", changes=asked, root=self.root).path
+        return fedsim.run(f"forget/{self.data}{experiment}", changes=asked, root=self.root).path
 
     def certificate(self, method: str, shadows: int) -> Certificate:
         """What a method has forgotten here."""
-        only = ("strategy.forgetting=0", "rounds=25")
+        only = ("strategy.forgetting=0", f"rounds={TRAINING[self.data]}")
         if self.backdoor:
             first = self.run(f"poisoned-{self.label}", only)
             without = self.run("clean-6", (*only, "split.poisoned=false"))
@@ -117,17 +119,21 @@ def row(name: str, found: Sequence[Certificate]) -> str:
 def main() -> None:
     """Runs what is not there, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=list(TRAINING), default="fashion-mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--classes", type=int, nargs="+", default=[6, 8])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--backdoor", action="store_true")
     parser.add_argument("--shadows", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("runs/forget-table"))
+    parser.add_argument("--out", type=Path, help="A folder for each data set; runs/forget-<data> if not said.")
     asked = parser.parse_args()
+    asked.out = asked.out or Path(f"runs/forget-{asked.data}")
     print(f"| method | {' | '.join(MEASURES)} | as if retrained |")
     print(f"| --- |{' ---: |' * (len(MEASURES) + 1)}")
     for method in asked.methods:
-        cases = [Case(seed, label, asked.backdoor, asked.out) for seed in asked.seeds for label in asked.classes]
+        cases = [
+            Case(seed, label, asked.backdoor, asked.out, asked.data) for seed in asked.seeds for label in asked.classes
+        ]
         print(row(method, [case.certificate(method, asked.shadows) for case in cases]), flush=True)
 
 

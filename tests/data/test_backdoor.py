@@ -112,7 +112,8 @@ def test_without_poison_it_is_the_divided_federation_that_asks_to_forget_nothing
     assert np.array_equal(clean.rows, plain.rows) and np.array_equal(clean.bounds, plain.bounds)
     assert clean.columns.keys() == clean.test.keys() == {"x", "y", "target"}
     assert not clean.columns["target"].any() and not clean.test["target"].any()
-    assert torch.equal(clean.columns["x"], plain.columns["x"]) and clean.names == plain.names
+    assert torch.equal(clean.columns["x"], plain.columns["x"])
+    assert clean.names == plain.names | {"target": ("kept", "stamped copies of class 7")}
 
 
 def test_a_tie_goes_to_the_lower_id():

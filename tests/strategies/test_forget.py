@@ -126,7 +126,7 @@ def test_phases_come_in_their_order_and_then_it_is_done(setting, settings, expec
     assert engine.asked() == expected
     assert [step.done for step in steps] == [False] * (len(expected) - 1) + [True]
     assert set(strategy.actions) == {action for action, *_ in expected}
-    assert [step.metrics["request"] for step in steps] == [max(0, request) for _, request, _ in expected]
+    assert [step.metrics.get("request", 0) for step in steps] == [max(0, request) for _, request, _ in expected]
     assert not same(last(steps), setting[0].params)
 
 
