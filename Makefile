@@ -17,10 +17,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench format lock clean
+.PHONY: help demo test check bench docker-build docker-demo docker-engine format lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## trains a first model, in seconds, and says where its report is
 	@$(BIN)/fedsim run fedavg/digits
@@ -35,6 +35,25 @@ check: $(READY) ## looks for mistakes, unusual form and wrong types
 
 bench: $(READY) ## measures how fast the engines are
 	@$(BIN)/python -m experiments.benchmarks
+
+docker-build: docker-engine ## builds the image fedsim; DOCKER_BUILD="--build-arg ..." goes to docker build
+	@docker build --file docker/Dockerfile --tag fedsim --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	    --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(DOCKER_BUILD) .
+
+DEMO := docker compose --project-name fedsim-demo --file docker/compose.ray.yaml
+
+docker-demo: docker-build ## trains on a Ray cluster of containers, and brings the run back to runs/
+	@trap '$(DEMO) down --volumes --remove-orphans --timeout 0 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
+	unset FEDSIM_IMAGE FEDSIM_RUNS; $(DEMO) run --rm -T driver && mkdir -p runs && \
+	$(DEMO) run --rm -T --no-deps --entrypoint tar driver -C runs -c . | tar -C runs -x --no-same-owner && \
+	echo "The run is in runs/ of this folder, and nothing of it is left in Docker but the image."
+
+docker-engine:
+	@command -v docker >/dev/null || { echo "This needs Docker, and there is no command docker here." >&2; exit 1; }
+	@docker info >/dev/null 2>&1 || { echo "No Docker engine answers: start one, or name one in DOCKER_HOST. What docker says:" >&2; \
+	    docker info 2>&1 >/dev/null | tail -1 >&2; exit 1; }
+	@docker buildx version >/dev/null 2>&1 || { echo "This needs Docker's plug-in buildx." >&2; exit 1; }
+	@docker compose version >/dev/null 2>&1 || { echo "This needs Docker's plug-in compose." >&2; exit 1; }
 
 format: $(READY) ## puts the code into its usual form
 	@$(BIN)/ruff check --fix-only --quiet .
