@@ -86,7 +86,7 @@ class FedEraser(Strategy):
         }
 
     def configure(self, state: Tree, round: int) -> Task:
-        """To train, or, without the target, to calibrate or to repair."""
+        """To train, or, without the target, to calibrate or to repair; nobody, where a loop goes on after that."""
         if state["trained"] < self.training:
             return Task("train", {"params": state["params"]}, reduce="mean" if self._slot(state) is None else "stack")
         last = self.num_targets - 1
@@ -95,12 +95,12 @@ class FedEraser(Strategy):
             present = state["present"][int(state["calibrated"])]
             shared = {"params": state["rebuilt"]} | told
             return Task("calibrate", shared, present.nonzero().flatten().tolist(), reduce="stack")
-        return Task("repair", {"params": state["params"]} | told, reduce="mean")
+        return Task("repair", {"params": state["params"]} | told, () if self.done(state) else None, reduce="mean")
 
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
         """The mean model, in some rounds kept together with what it is the mean of; or one more calibrated step."""
         if task.action == "train":
-            return self._train(state, replies), {"request": 0}
+            return self._train(state, replies), {}
         told: Metrics = {"request": self.num_targets - 1}
         if task.action == "calibrate":
             return self._calibrate(state, replies), told

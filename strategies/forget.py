@@ -37,10 +37,10 @@ from fedsim import tree
 from fedsim.forgetting import Evidence, at_hand, importance
 from fedsim.method import averages
 from fedsim.ranges import Count, Natural, Probability
-from fedsim.runs import trained
 from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
 from fedsim.tree import Tree
+from strategies.phases import Phase, check, first, nobody, over, planned
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,20 @@ class Forget(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training and self.from_run is not None:
-            raise ValueError(f"training = {self.training} and from_run = {str(self.from_run)!r}: there can be one only")
-        if self.num_targets < 2:
-            raise ValueError("num_targets must be at least 2, what is kept and a request: nothing is to be forgotten")
+        check(self.training, self.from_run, self.num_targets)
         if not self.plan:
             raise ValueError("training, forgetting and repairing are all 0: no round would do anything")
 
     @property
-    def plan(self) -> Sequence[tuple[str, int, int, int]]:
+    def plan(self) -> Sequence[Phase]:
         """The phases: what is done, in how many rounds, with which "request" and "deleted"."""
-        last = self.num_targets - 1
-        steps = [(last, 0)] if self.together else [(request, request - 1) for request in range(1, last + 1)]
-        phases = [("train", self.training, 0, 0)]
-        for request, deleted in steps:
-            weigh = int(self.remember == "importance" and self.forgetting > 0)
-            phases += [("weigh", weigh, request, deleted), ("forget", self.forgetting, request, deleted)]
-            phases.append(("repair", self.repairing, request, request))
-        return [phase for phase in phases if phase[1]]
+        weigh = int(self.remember == "importance" and self.forgetting > 0)
+
+        def serve(request: int, deleted: int) -> Sequence[Phase]:
+            asked = (Phase("weigh", weigh, request, deleted), Phase("forget", self.forgetting, request, deleted))
+            return (*asked, Phase("repair", self.repairing, request, request))
+
+        return planned(self.training, self.num_targets, self.together, serve)
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -104,24 +100,18 @@ class Forget(Strategy):
 
     def init(self, params: Params) -> Tree:
         """The trained model, and where in the plan this is."""
-        if self.from_run is not None:
-            params = tree.restore(trained(self.from_run, self.seed), params, f"the model of {self.from_run}")
-        state: Tree = {
-            "params": params,
-            "phase": torch.zeros((), dtype=torch.int64),
-            "rounds": torch.zeros((), dtype=torch.int64),  # of the phase that are done
-            "holders": torch.ones(self.num_clients, dtype=torch.bool),  # who may have something to forget
-        }
+        state = first(params, self.from_run, self.seed)
+        state["holders"] = torch.ones(self.num_clients, dtype=torch.bool)  # who may have something to forget
         if self.remember != "nothing":
-            state["before"] = params
+            state["before"] = state["params"]
         if self.remember == "importance":
-            state["omega"] = tree.map(torch.zeros_like, params)
+            state["omega"] = tree.map(torch.zeros_like, state["params"])
         return state
 
     def configure(self, state: Tree, round: int) -> Task:
         """What the phase asks; of nobody, where all phases are over and a loop of Flower's goes on."""
         if self.done(state):
-            return Task(self.plan[-1][0], {"params": state["params"]}, (), reduce="mean")
+            return nobody(self.plan, state)
         action, _, request, deleted = self.plan[int(state["phase"])]
         shared: Tree = {"params": state["params"]}
         if action == "train":
@@ -142,14 +132,14 @@ class Forget(Strategy):
         if action == "weigh":
             retained, forgotten = (Evidence(**replies.update[name]) for name in ("retained", "forgotten"))
             return self._on(state | {"omega": importance(retained, forgotten)}), told
-        over = False
+        ended = False
         if action == "forget":
             state = state | {"holders": _holders(state["holders"], replies)}
-            over = self._over(state, replies)
-        if not over and bool(replies.weight.sum() > 0):  # else there is nothing to learn from
+            ended = self._over(state, replies)
+        if not ended and bool(replies.weight.sum() > 0):  # else there is nothing to learn from
             state = state | {"params": replies.update["params"]}
         done = state["rounds"] + 1
-        return (self._on(state) if over or done >= rounds else state | {"rounds": done}), told
+        return (self._on(state) if ended or done >= rounds else state | {"rounds": done}), told
 
     def _over(self, state: Tree, replies: Replies) -> bool:
         """Whether nothing is left to forget: nobody has anything, or the model that was sent knows little of it."""
@@ -173,7 +163,7 @@ class Forget(Strategy):
 
     def done(self, state: Tree) -> bool:
         """Whether all phases are over."""
-        return int(state["phase"]) >= len(self.plan)
+        return over(self.plan, state)
 
 
 def _holders(known: Tensor, replies: Replies) -> Tensor:

@@ -40,15 +40,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsim import tree
 from fedsim.forgetting import at_hand
 from fedsim.layers import Layer, chain, check_covered
 from fedsim.model import Model
 from fedsim.ranges import Count, Decay, Natural
-from fedsim.runs import trained
 from fedsim.strategy import Strategy
 from fedsim.task import Metrics, Params, Replies, Task
 from fedsim.tree import Tree
+from strategies.phases import Phase, check, first, nobody, over, planned
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Pruning(Strategy):
         share: of each hidden layer's channels, how many a request prunes.
         training: rounds of federated averaging before.
         from_run: the directory of a run whose last model is taken, or a folder of runs: of these, the latest with the
-            same seed.
+            same seed; or a checkpoint.
         repairing: rounds after each request.
         together: all requests are dealt with as one.
         seed: of the run.
@@ -80,10 +79,7 @@ class Pruning(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training and self.from_run is not None:
-            raise ValueError(f"training = {self.training} and from_run = {str(self.from_run)!r}: there can be one only")
-        if self.num_targets < 2:
-            raise ValueError("num_targets must be at least 2, what is kept and a request: nothing is to be forgotten")
+        check(self.training, self.from_run, self.num_targets)
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -91,14 +87,13 @@ class Pruning(Strategy):
         return chain(self.model.module)
 
     @cached_property
-    def plan(self) -> Sequence[tuple[str, int, int, int]]:
+    def plan(self) -> Sequence[Phase]:
         """The phases: what is done, in how many rounds, with which "request" and "deleted"."""
-        last = self.num_targets - 1
-        steps = [(last, 0)] if self.together else [(request, request - 1) for request in range(1, last + 1)]
-        phases = [("train", self.training, 0, 0)]
-        for request, deleted in steps:
-            phases += [("measure", 1, request, deleted), ("repair", self.repairing, request, request)]
-        return [phase for phase in phases if phase[1]]
+
+        def serve(request: int, deleted: int) -> Sequence[Phase]:
+            return Phase("measure", 1, request, deleted), Phase("repair", self.repairing, request, request)
+
+        return planned(self.training, self.num_targets, self.together, serve)
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -107,21 +102,18 @@ class Pruning(Strategy):
 
     def init(self, params: Params) -> Tree:
         """The trained model, of which nothing is pruned; raises ValueError where it is no chain of layers."""
-        if self.from_run is not None:
-            params = tree.restore(trained(self.from_run, self.seed), params, f"the model of {self.from_run}")
-        check_covered(self.layers, params)
+        begin = first(params, self.from_run, self.seed)
+        check_covered(self.layers, begin["params"])
         hidden = [layer for layer in self.layers if layer.hidden]
         if not hidden:
             raise ValueError("the network has no hidden layer: there is no channel to prune")
-        return {
-            "params": params,
-            "alive": {layer.weight: torch.ones(layer.neurons, dtype=torch.bool) for layer in hidden},
-            "phase": torch.zeros((), dtype=torch.int64),
-            "rounds": torch.zeros((), dtype=torch.int64),  # of the phase that are done
-        }
+        alive = {layer.weight: torch.ones(layer.neurons, dtype=torch.bool) for layer in hidden}
+        return begin | {"alive": alive}
 
     def configure(self, state: Tree, round: int) -> Task:
-        """What the phase asks."""
+        """What the phase asks; of nobody, where all phases are over and a loop of Flower's goes on."""
+        if self.done(state):
+            return nobody(self.plan, state)
         action, _, request, deleted = self.plan[int(state["phase"])]
         shared: Tree = {"params": state["params"]}
         if action == "train":
@@ -134,7 +126,7 @@ class Pruning(Strategy):
     def aggregate(self, state: Tree, task: Task, replies: Replies) -> tuple[Tree, Metrics]:
         """The mean model but for what is pruned, or more to prune; and the next phase, where this one is over."""
         _, rounds, request, _ = self.plan[int(state["phase"])]
-        told: Metrics = {"request": request}
+        told: Metrics = {"request": request} if request else {}
         after = dict(state)
         if task.action == "measure":
             after["alive"] = self._prune(state["alive"], replies.update)
@@ -149,7 +141,7 @@ class Pruning(Strategy):
 
     def done(self, state: Tree) -> bool:
         """Whether all phases are over."""
-        return int(state["phase"]) >= len(self.plan)
+        return over(self.plan, state)
 
     def _prune(self, alive: dict[str, Tensor], measured: Tree) -> dict[str, Tensor]:
         """Which channels of each layer are left."""
