@@ -8,8 +8,9 @@ while there are some, and descends
 
     mean CE over the retained + beta L_f,    L_f = -mean sum_y q(y | x) log p(y | x)  over the others,
 
-q a new memory in which the label does not occur (`fedsim.forgetting.memory`), its gradient clipped to a norm. Then,
-where lambda > 0, the parameters are pulled back to theta*, the model before (`fedsim.forgetting.fisher`):
+q a new memory, in which neither the label occurs nor a class of which nothing is kept (`fedsim.forgetting.memory`), its
+gradient clipped to a norm. Then, where lambda > 0, the parameters are pulled back to theta*, the model before
+(`fedsim.forgetting.fisher`):
 
     theta <- theta* + (theta - theta*) / (1 + eta lambda Omega).
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.forgetting import Memory, forgetting_losses, memories, pull, remaining
+from fedsim.forgetting import Memory, forbidden, forgetting_losses, memories, pull, remaining
 from fedsim.model import Model, gradient, mean
 from fedsim.optim import Optimiser, clipped, sgd
 from fedsim.ranges import Count, NonNegative, Positive
@@ -81,8 +82,9 @@ class ForgetWhileTraining(Client):
         return sgd(self.lr)
 
     def select(self, examples: Batch, shared: Tree) -> Batch:
-        """Those that no request before has named."""
-        return remaining(examples, shared)
+        """Those that no request before has named, with the classes that are "forbidden" to their memories, (n, K)."""
+        left = remaining(examples, shared)
+        return left | {"forbidden": forbidden(self.model, left, shared)}
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
         """The examples of all epochs, with new memories "q" (n, K) for those to be forgotten, and their "step"."""
@@ -101,8 +103,8 @@ class ForgetWhileTraining(Client):
         each = max(1, math.ceil(len(gone) / steps))
         step = torch.cat([torch.arange(len(kept)) // self.batch_size, torch.arange(len(gone)) // each])
         rows = tree.take(examples, torch.cat([kept, gone]))
-        inputs, labels = rows[self.model.inputs][len(kept) :], rows[self.model.target][len(kept) :]
-        q = memories(self.memory, self.model, inputs, labels, rng, self.teachers, self.temperature)
+        inputs, barred = rows[self.model.inputs][len(kept) :], rows["forbidden"][len(kept) :]
+        q = memories(self.memory, self.model, inputs, barred, rng, self.teachers, self.temperature)
         q = torch.cat([q.new_zeros(len(kept), q.shape[1]), q])
         return rows | {"q": q, "step": step}
 

@@ -6,8 +6,9 @@ trained on in batches, with the loss
 
     L_f = -mean sum_y q(y | x) log p(y | x),
 
-q a new memory in which the label does not occur (`fedsim.forgetting.memory`), its gradient clipped to a norm. Then,
-where lambda > 0, the parameters are pulled back to theta*, the model before (`fedsim.forgetting.fisher`):
+q a new memory, in which neither the label occurs nor a class of which nothing is kept (`fedsim.forgetting.memory`), its
+gradient clipped to a norm. Then, where lambda > 0, the parameters are pulled back to theta*, the model before
+(`fedsim.forgetting.fisher`):
 
     theta <- theta* + (theta - theta*) / (1 + eta lambda Omega).
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.forgetting import Memory, forgetting_losses, memories, pull, remaining
+from fedsim.forgetting import Memory, forbidden, forgetting_losses, memories, pull, remaining
 from fedsim.model import Model, gradient, mean
 from fedsim.optim import Optimiser, clipped, sgd
 from fedsim.ranges import Count, NonNegative, Positive
@@ -75,14 +76,15 @@ class ForgetAlone(Client):
         return sgd(self.lr)
 
     def select(self, examples: Batch, shared: Tree) -> Batch:
-        """Those that are to be forgotten now."""
+        """Those that are to be forgotten now, with the classes that are "forbidden" to their memories, (n, K)."""
         left = remaining(examples, shared)
-        return tree.take(left, (left["target"] == 1).nonzero().flatten())
+        named = tree.take(left, (left["target"] == 1).nonzero().flatten())
+        return named | {"forbidden": forbidden(self.model, named, shared)}
 
     def prepare(self, examples: Batch, rng: torch.Generator) -> Batch:
         """The examples, with new memories "q" (n, K)."""
-        inputs, labels = examples[self.model.inputs], examples[self.model.target]
-        q = memories(self.memory, self.model, inputs, labels, rng, self.teachers, self.temperature)
+        inputs, barred = examples[self.model.inputs], examples["forbidden"]
+        q = memories(self.memory, self.model, inputs, barred, rng, self.teachers, self.temperature)
         return examples | {"q": q}
 
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:

@@ -14,7 +14,8 @@ formulas are a derivation. Phases, of which each is an action that an experiment
    c. "repair", for `repairing` rounds: federated averaging on what is kept. It may bring back what was forgotten; the
       two plain rounds after which one measures that are repair as well.
 
-What a request has named is deleted with it: no later round touches it.
+What a request has named is deleted with it: no later round touches it. Clients that forget are told of which classes
+nothing is kept, "gone": no memory of what a later request names may point to them.
 
 Which methods that is, the clients say: with `clients.forget:ForgetWhileTraining` or `ForgetAlone` active forgetting,
 its ablations, or gradient ascent; with `clients.retained:Retained` fine-tuning on what is kept.
@@ -62,6 +63,7 @@ class Forget(Strategy):
         remember: what clients that forget are sent besides the model: "model", the one before; "importance", that and
             Omega.
         seed: of the run.
+        gone_with: for each class the request with which the last of it goes (`fedsim.forgetting.requests:gone_with`).
     """
 
     num_clients: Count
@@ -75,6 +77,7 @@ class Forget(Strategy):
     until: Probability | None = None
     remember: Literal["nothing", "model", "importance"] = "nothing"
     seed: Natural = 0
+    gone_with: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +125,8 @@ class Forget(Strategy):
         if action == "repair":
             return Task(action, shared, reduce="mean")
         shared |= {name: state[name] for name in ("before", "omega") if name in state}
+        if self.gone_with:
+            shared["gone"] = torch.tensor(self.gone_with) <= request
         ids = state["holders"].nonzero().flatten().tolist() if self.alone else None
         return Task(action, shared, ids, reduce="mean")
 

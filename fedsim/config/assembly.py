@@ -13,6 +13,7 @@ from fedsim.data.federation import Federation, Partition
 from fedsim.engines.engine import Engine
 from fedsim.flower.guest import is_flower
 from fedsim.foreign import Foreign, adopt
+from fedsim.forgetting import gone_with
 from fedsim.model import Model
 from fedsim.ranking import popularity
 from fedsim.strategy import Strategy
@@ -121,6 +122,8 @@ def _supply(
             context[name] = len(federation.names[column])
     if "item" in federation.names:
         context["popularity"] = popularity(federation)
+    if "target" in federation.names:
+        context["gone_with"] = gone_with(federation)
     model = context["model"] = _made(recipes["model"], context, Model)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
     for name, client in clients.items():

@@ -64,7 +64,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "partition": ("fedsim.partitions", ("columns", "seed")),
     "split": ("fedsim.splits", ("dataset", "partition", "seed")),
     "model": ("fedsim.models", ("federation", *COUNTED, "seed")),
-    "strategy": ("fedsim.strategies", ("federation", "model", *COUNTED, "num_clients", "seed")),
+    "strategy": ("fedsim.strategies", ("federation", "model", *NAMED, "num_clients", "seed")),
     "clients": ("fedsim.clients", ("federation", "model", *NAMED, "num_clients", "seed")),
     "sample": ("fedsim.samplers", ("federation", "num_clients", "seed")),
     "engine": ("fedsim.engines", ("federation", "clients", "seed")),

@@ -20,7 +20,8 @@ from fedsim.ranges import limits
 
 # Filled in: how many values of which column have a name.
 COUNTED = {"num_classes": "y", "num_groups": "a", "num_items": "item", "num_targets": "target"}
-NAMED = COUNTED | {"popularity": "item"}  # all that is filled in where this column's values have names
+# All that is filled in where this column's values have names.
+NAMED = COUNTED | {"popularity": "item", "gone_with": "target"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: dict[Any, str] = {
     type(None): "nothing",

@@ -15,13 +15,14 @@ from fedsim.forgetting.memory import (
     NEED_BEFORE,
     Memory,
     debiased,
+    forbidden,
     forgetting_losses,
     fresh,
     masked,
     memories,
     new_memories,
 )
-from fedsim.forgetting.requests import at_hand, kept, remaining
+from fedsim.forgetting.requests import at_hand, gone_with, kept, remaining
 
 __all__ = [
     "NEED_BEFORE",
@@ -33,8 +34,10 @@ __all__ = [
     "auc",
     "debiased",
     "empirical_fisher",
+    "forbidden",
     "forgetting_losses",
     "fresh",
+    "gone_with",
     "importance",
     "kept",
     "likelihood_ratio",

@@ -5,10 +5,12 @@ shares "request", the number of the one at hand, and "deleted", up to which requ
 that these name are never touched again. Where "request" is the larger, those in between are to be forgotten now.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim import tree
+from fedsim.data.federation import Federation
 from fedsim.task import Batch
 from fedsim.tree import Tree
 
@@ -16,6 +18,25 @@ from fedsim.tree import Tree
 def at_hand(request: int, deleted: int) -> Tree:
     """What the server shares besides its model, two numbers."""
     return {"request": torch.tensor(request), "deleted": torch.tensor(deleted)}
+
+
+def gone_with(federation: Federation) -> tuple[int, ...]:
+    """For each of K classes the request with which the last of its training examples goes.
+
+    It is the number of requests plus one where some are kept, and 0 where there never were any. Those that an earlier
+    request named and that are left out of all training parts count as if they were there. Empty where no request can
+    name a class, as there is no column "y" of classes.
+    """
+    y, target = (federation.columns.get(name) for name in ("y", "target"))
+    if y is None or target is None or y.ndim != 1 or y.is_floating_point() or not len(y):
+        return ()
+    trained = np.zeros(len(y), dtype=np.bool_)
+    for start, end in federation.bounds[:, :2]:
+        trained[federation.rows[start:end]] = True
+    never = len(federation.names["target"]) if "target" in federation.names else int(target.max()) + 1
+    last = torch.where(target > 0, target, torch.where(torch.from_numpy(trained), never, 0))
+    classes = max(len(federation.names.get("y", ())), int(y.max()) + 1)
+    return tuple(last.new_zeros(classes).scatter_reduce(0, y.long(), last, "amax").tolist())
 
 
 def remaining(examples: Batch, shared: Tree) -> Batch:

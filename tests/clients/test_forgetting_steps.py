@@ -18,6 +18,7 @@ from fedsim.task import Cohort, Task
 
 MEMORIES = ("teacher", "self", "mix", "random", "uniform", "ascent")
 SEED, ROUND = 3, 2
+GONE = {"gone": torch.tensor([False, True, False])}  # of the class 1 nothing is kept
 CLIENTS = {"while training": ForgetWhileTraining, "alone": ForgetAlone}
 both_clients = pytest.mark.parametrize("make", CLIENTS.values(), ids=CLIENTS)
 both_engines = pytest.mark.parametrize("engine", [Sequential, Vectorised])
@@ -38,18 +39,20 @@ def answer(engine, federation, client, shared):
     return replies
 
 
-def law(memory, model, before, x, y, q):
+def law(memory, model, shared, x, y, q):
     """What is to be remembered, from the definitions; `q` is what the client has made."""
     label = one_hot(y, 3).bool()
-    own = torch.func.functional_call(model.module, before, (x,)).masked_fill(label, -1e9).softmax(1)
-    if memory == "random":
-        assert ((q == 0) | (q == 1)).all() and (q.sum(1) == 1).all() and not q[label].any()
+    barred = label | shared.get("gone", torch.zeros(3, dtype=torch.bool))
+    own = torch.func.functional_call(model.module, shared["before"], (x,)).masked_fill(barred, -1e9).softmax(1)
+    if memory in ("random", "teacher", "mix"):
+        assert torch.allclose(q.sum(1), torch.ones(len(q))) and (q >= 0).all() and not q[barred].any()
+        assert memory != "random" or ((q == 0) | (q == 1)).all()
     return {
         "teacher": q,
         "random": q,
         "self": own,
         "mix": 0.5 * q + 0.5 * own,
-        "uniform": (~label).double() / 2,
+        "uniform": (~barred).double() / (~barred).sum(1, keepdim=True),
         "ascent": -label.double(),
     }[memory]
 
@@ -64,7 +67,7 @@ def written_out(client, model, shared, data, rows):
         outputs = torch.func.functional_call(model.module, free, (x,))
         loss = torch.zeros((), dtype=torch.float64)
         if gone.any():
-            p = law(client.memory, model, shared["before"], x[gone], y[gone], data["q"][step][gone])
+            p = law(client.memory, model, shared, x[gone], y[gone], data["q"][step][gone])
             loss = loss - (1 if alone else client.beta) * (p * outputs[gone].log_softmax(1)).sum(1).mean()
         if not gone.all():
             assert not alone
@@ -81,14 +84,14 @@ def written_out(client, model, shared, data, rows):
 
 @both_engines
 @both_clients
-@pytest.mark.parametrize("strength", [0.0, 3.0])
+@pytest.mark.parametrize(("strength", "others"), [(0.0, {}), (3.0, {}), (0.0, GONE)], ids=["free", "pulled", "gone"])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_steps_are_those_that_the_formulas_give(forgetful, make, engine, memory, strength):
+def test_the_steps_are_those_that_the_formulas_give(forgetful, make, engine, memory, strength, others):
     federation, model = forgetful()
     settings = {"lr": 0.3, "epochs": 2, "batch_size": 4, "memory": memory, "strength": strength, "clip": 0.4}
     client, shared = (
         make(model=model, **settings, **({"beta": 0.7} if make is ForgetWhileTraining else {})),
-        sent(model),
+        sent(model, **others),
     )
     replies = answer(engine, federation, client, shared)
     here, task = Sequential(federation, {"forget": client}, SEED), Task("forget", shared, round=ROUND)

@@ -285,6 +285,7 @@ def test_an_experiment_declares_requests_and_the_strategy_learns_how_many_there_
     made = assemble(read(TABLES, ["split.requests=[{ class = 0 }, { client = 1, where = { y = [1] } }]"])[0])
     assert made.strategy.num_targets == 3 and made.strategy.num_clients == 3
     assert made.federation.columns["target"].unique().tolist() == [0, 1, 2]
+    assert made.strategy.gone_with == (1, 3, 3)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federation import Partition
 from fedsim.data.targets import marked
 from fedsim.engines.local import Sequential
+from fedsim.forgetting import gone_with
 from fedsim.model import Model
 from fedsim.sampling import everyone
 from fedsim.simulation import begin, rounds
@@ -183,6 +184,33 @@ def test_what_poisoned_examples_taught_is_forgotten(kind, seed, label):
     assert told.forgotten.attack <= (0.2 if kind == "cnn" else 0.4)
     assert told.retrained.everywhere - told.forgotten.everywhere <= 0.05
     assert told.tuned.attack >= 0.8, "training on clean data alone does not forget it"
+
+
+@cache
+def one_after_another(kind, seed, labels, known):
+    """The classes of the test set that a model still predicts right, when each is forgotten by itself, in this order.
+
+    Clients know of which classes nothing is kept, or they do not.
+    """
+    (x, y), (x_test, y_test), rows = digits(seed)
+    dataset = Dataset("digits", {"x": x, "y": y}, {"x": x_test, "y": y_test}, {"y": tuple(map(str, range(10)))})
+    partition = Partition(np.concatenate(rows), np.array([0, *accumulate(map(len, rows))]))
+    data = marked(dataset, partition, [{"class": label} for label in labels])
+    gone = gone_with(data)
+    assert gone == tuple(labels.index(label) + 1 if label in labels else 3 for label in range(10))
+    model = network(kind, seed)
+    strategy = Forget(num_clients=10, num_targets=3, forgetting=5, gone_with=gone if known else ())
+    forget = ForgetWhileTraining(model=model, lr=0.1, batch_size=32)
+    params = after(strategy, forget, data, model, original(kind, seed, labels[0], False), seed, 10)
+    return [measured(kind, seed, label, params).on_class for label in labels]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "labels"), [(1, (3, 8)), (10, (1, 8)), (11, (9, 4))])
+def test_a_class_forgotten_first_stays_away_while_another_is_forgotten(seed, labels):
+    assert one_after_another("mlp", seed, labels, known=True) == [0, 0]
+    first, second = one_after_another("mlp", seed, labels, known=False)
+    assert first > 0.05 and second <= 0.02, "else the new memories of the second point to the first"
 
 
 @pytest.mark.slow

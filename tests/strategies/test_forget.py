@@ -212,6 +212,16 @@ def test_the_model_before_is_sent_alone_where_nothing_else_is_wanted(setting):
     assert not same(first["before"], second["before"])
 
 
+def test_clients_that_forget_are_told_of_which_classes_nothing_is_kept(setting):
+    gone_with = (2, 3, 1)  # the last of class 0 goes with the second request, of class 1 something is kept
+    for together, expected in ((False, [[False, False, True], [True, False, True]]), (True, [[True, False, True]])):
+        _, engine = play(Forget(N, 3, 1, None, 1, 1, together, gone_with=gone_with), setting)
+        told = {task.action: [] for task, *_ in engine.heard}
+        for task, *_ in engine.heard:
+            told[task.action] += [task.shared["gone"].tolist()] if "gone" in task.shared else []
+        assert told == {"train": [], "forget": expected, "repair": []}
+
+
 # Alone.
 
 
