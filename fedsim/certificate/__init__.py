@@ -21,10 +21,12 @@ from fedsim.launch import threads
 from fedsim.ranges import Count, Natural, checked
 from fedsim.report import write_report
 from fedsim.runs import Run, trained
+from fedsim.simulation import begin
 from fedsim.task import Cohort, Params, Task
 
 FILE = "certificate.json"
 SAME = ("seed", "data", "partition", "model")  # what a run and the one that it is held against have in common
+DEFAULT = Limits()
 POWER = 0.55  # of an attack that is worth the name
 LIMITS = (
     "What was not measured is not vouched for: what can be read from the parameters themselves, from the updates that "
@@ -71,7 +73,7 @@ def certify(
     shadows: Natural = 8,
     plain_rounds: Natural = 2,
     most: Count = 1000,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = DEFAULT,
 ) -> Certificate:
     """Measures the last model of a run that forgot, writes certificate.json there, and the report anew.
 
@@ -145,7 +147,7 @@ def _measured(
     if (first := before(directory, asked)) is not None:
         params = {"before": first} | params
     if plain_rounds and "repair" in assembly.clients:
-        params["relapsed"] = _plain(assembly, params["after"], plain_rounds, asked.rounds)
+        params["relapsed"] = _plain(assembly, directory, plain_rounds, asked.seed)
     model = assembly.model
     found = {name: accuracies(model, one, about) for name, one in params.items()}
     for name, told in membership(model, params, about, shadows, most, asked.seed).items():
@@ -185,15 +187,20 @@ def before(directory: Run, asked: Experiment) -> Params | None:
     return trained(there[0]) if there else None
 
 
-def _plain(assembly: Assembly, params: Params, rounds: int, done: int) -> Params:
-    """The model after more rounds of clients.repair."""
-    last = len(assembly.federation.names["target"]) - 1
+def _plain(assembly: Assembly, directory: Run, rounds: int, seed: int) -> Params:
+    """The model of a run's last checkpoint after more rounds of clients.repair."""
+    federation = assembly.federation
+    start = begin(assembly.strategy, assembly.model.params, assembly.clients, federation.num_clients, seed)
+    done, state, personal = directory.load(directory.checkpoints()[-1], start)
+    params: Params = state["params"]
+    last = len(federation.names["target"]) - 1
     for number in range(done + 1, done + 1 + rounds):
         task = Task("repair", {"params": params} | at_hand(last, last), round=number, reduce="mean")
         ids = assembly.sample(number).ids
-        replies = assembly.engine.execute(task, Cohort(ids, {}))
+        replies = assembly.engine.execute(task, Cohort(ids, personal.gather(ids)))
         if not replies.ids:
             raise RuntimeError(f"plain round {number}: no client answered: {next(iter(replies.failed.values()), '')}")
+        personal.scatter(replies.ids, replies.personal)
         params = replies.update["params"]
     return params
 

@@ -73,10 +73,47 @@ def test_all_numbers_anew(runs):
     assert 0 <= found.models["after"]["membership_ratio"] <= 1
 
 
-def test_the_plain_rounds_are_those_that_the_run_would_have_had(runs, tmp_path):
-    longer = fedsim.run(BASE, changes=("strategy.repairing=2", "rounds=18"), root=tmp_path)
-    found = certify(longer.path, runs[1], shadows=0, plain_rounds=0)
-    relapsed = certify(runs[0], runs[1], shadows=0).models["relapsed"]
+TIRING = '''
+"""A client that learns the less the more often it was asked."""
+from dataclasses import dataclass, replace
+
+import torch
+
+from clients.sgd import Sgd
+from fedsim import tree
+
+
+@dataclass(frozen=True)
+class Tiring(Sgd):
+    def personal(self, rng):
+        return {"asked": torch.zeros(())}
+
+    def start(self, shared, personal, data):
+        return super().start(shared, personal, data) | {"asked": personal["asked"]}
+
+    def step(self, state, batch):
+        return super().step(state, batch) | {"asked": state["asked"]}
+
+    def finish(self, shared, state, data):
+        reply = super().finish(shared, state, data)
+        weary = tree.map(lambda new, old: old + (new - old) / (1 + state["asked"]), state["params"], shared["params"])
+        return reply._replace(update={"params": weary}, personal={"asked": state["asked"] + 1})
+'''
+
+
+@pytest.mark.parametrize("keeping", [False, True])
+def test_the_plain_rounds_are_those_that_the_run_would_have_had(runs, tmp_path, keeping):
+    base = BASE
+    if keeping:  # what its clients had kept counts as well
+        (tmp_path / "tiring.py").write_text(TIRING)
+        client = SGD | {"use": f"{tmp_path / 'tiring.py'}:Tiring"}
+        clients = BASE["clients"] | {"train": client, "repair": {"use": "clients.retained:Retained", "client": client}}
+        base = BASE | {"clients": clients}
+    # With rounds = 16 to come after the last one that the strategy has, which is the eighth of these.
+    begun = fedsim.run(base, changes=("strategy.training=2",), root=tmp_path).path
+    longer = fedsim.run(base, changes=("strategy.training=2", "strategy.repairing=2"), root=tmp_path).path
+    found = certify(longer, runs[1], shadows=0, plain_rounds=0)
+    relapsed = certify(begun, runs[1], shadows=0).models["relapsed"]
     assert {name: found.models["after"][name] for name in relapsed} == relapsed
     assert "relapsed" not in found.models and "relapse" in found.limits[0]
 
