@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,12 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fedsim import config, doctor
 from fedsim.cli.certifying import certify
-from fedsim.cli.endings import ending, out, reading
+from fedsim.cli.datasets import data
+from fedsim.cli.endings import ending, out, print_rows, reading
+from fedsim.cli.options import Changes, FullTrace, Root, Seeds, TrackerName
 from fedsim.config import ConfigError
 from fedsim.flower import Outcome
 from fedsim.job import Result
@@ -35,15 +35,7 @@ from fedsim.report.formats import several
 from fedsim.runs import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-data = typer.Typer(no_args_is_help=True, help="The data sets, and how experiments divide them.")
 app.add_typer(data, name="data")
-
-Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, like strategy.lr=0.1.")]
-Root = Annotated[Path, typer.Option("--out", help="Folder under which the run's directory is made.")]
-TrackerName = Annotated[str | None, typer.Option("--tracker", help="tensorboard, wandb or mlflow.")]
-
-
-FullTrace = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -60,9 +52,7 @@ def fedsim(
 def run(
     experiment: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a bundled experiment.")] = None,
     changes: Changes = None,
-    seeds: Annotated[
-        list[int] | None, typer.Option("--seeds", help="One run for each of these seeds: 0 1 2, or 0,1,2.")
-    ] = None,
+    seeds: Seeds = None,
     root: Root = Path("runs"),
     tracker: TrackerName = None,
     flower_app: Annotated[
@@ -142,7 +132,7 @@ def list_() -> None:
         known = config.names(group)
         rows += [(part, "", "")] if known else []
         rows += [("", name, target) for name, target in known.items()]
-    _print_rows(("", "", ""), rows)
+    print_rows(("", "", ""), rows)
 
 
 @app.command("doctor")
@@ -153,37 +143,7 @@ def doctor_(
     """Versions, devices, memory, and what would run where."""
     with ending():
         told = doctor.machine() + (doctor.outlook(experiment, changes or []) if experiment else [])
-        _print_rows(("", ""), told)
-
-
-@data.command("list")
-def data_list() -> None:
-    """The data sets, and whether their files are here."""
-    with ending():
-        _print_rows(("name", "files", "source"), doctor.data_sets())
-
-
-@data.command("fetch")
-def data_fetch(names: Annotated[list[str], typer.Argument(help="Names of data sets.")]) -> None:
-    """Fetch data sets from their publishers into the cache."""
-    with ending(), reading():
-        for name in names:
-            out.print(f"{name}: {doctor.fetch(name)}")
-
-
-@data.command("describe")
-def data_describe(
-    experiment: Annotated[str, typer.Argument(help="An experiment.")],
-    changes: Changes = None,
-    column: Annotated[str | None, typer.Option(help="The column whose shares are shown, y if not said.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Where to draw it, a .png, .svg or .pdf file.")] = None,
-) -> None:
-    """How an experiment's partition came out: sizes, label and group shares by client, or interactions."""
-    with ending(), reading():
-        rows, drawn = doctor.partition(experiment, changes or [], column, plot)
-        _print_rows(("", ""), rows)
-        if drawn:
-            out.print(str(drawn))
+        print_rows(("", ""), told)
 
 
 def _closing(result: Result) -> None:
@@ -223,18 +183,9 @@ def _has(result: Result, name: str) -> bool:
 def _print_comparison(runs: list[Path], folder: Path | None, against: Sequence[str] = ()) -> None:
     found = compare_runs(runs, folder, against)
     table = as_table(found)
-    _print_rows(table.header, table.rows)
+    print_rows(table.header, table.rows)
     if table.note:
         out.print(table.note)
-
-
-def _print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*header, box=None, show_header=any(header), pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    if not out.is_terminal:
-        out.width = 1000  # a file or a pipe has no width
-    out.print(table)
 
 
 def _spread_out(arguments: Sequence[str]) -> list[str]:

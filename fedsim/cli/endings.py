@@ -1,12 +1,14 @@
-"""How a command ends: consoles to write to, and errors turned into a message and an exit code."""
+"""How a command ends: in tables and words on a console, and with errors as a message and an exit code."""
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fedsim.config import ConfigError
 from fedsim.simulation import TooFewReplies
@@ -77,3 +79,13 @@ def reading() -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise ConfigError(str(error)) from error
+
+
+def print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table without lines."""
+    table = Table(*header, box=None, show_header=any(header), pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if not out.is_terminal:
+        out.width = 1000  # a file or a pipe has no width
+    out.print(table)
