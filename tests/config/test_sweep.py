@@ -6,7 +6,7 @@ import pytest
 
 import fedsim
 from fedsim.config import ConfigError, variants
-from fedsim.config.sweep import _assignment
+from fedsim.config.sweep import setting
 
 SMALL = {
     "name": "small",
@@ -37,7 +37,7 @@ def test_without_a_sweep_there_is_one_variant():
 
 @pytest.mark.parametrize("value", [0.0, 3, True, "a b", 'quoted "x"', [1, 2], {"use": "clients.sgd:Sgd"}])
 def test_a_value_is_written_as_toml_reads_it(value):
-    assert tomllib.loads(_assignment("key", value))["key"] == value
+    assert tomllib.loads(setting("key", value))["key"] == value
 
 
 @pytest.mark.parametrize(
