@@ -30,6 +30,8 @@ def variants(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()
 
 
 def setting(key: str, value: Any) -> str:
-    """As `--set` takes it. Within an array even a table is written in one piece."""
-    array = tomli_w.dumps({"values": [value]}).partition("=")[2]
-    return f"{key}={array.strip().removeprefix('[').removesuffix(']').strip().removesuffix(',')}"
+    """As `--set` takes it. Within arrays of arrays even a long table is written in one piece."""
+    text = tomli_w.dumps({"values": [[value]]}).partition("=")[2]
+    for _ in range(2):
+        text = text.strip().removeprefix("[").removesuffix("]").strip().removesuffix(",")
+    return f"{key}={text}"

@@ -187,12 +187,13 @@ def _folder(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, a signal that asks for the end is an interrupt, whoever sent it."""
+    """Inside, a signal that asks for the end is an interrupt, unless it is ignored, as by nohup."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in INTERRUPTS}
+    heard = [number for number in INTERRUPTS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

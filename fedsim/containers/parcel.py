@@ -5,7 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsim.config import ConfigError, Experiment, assignment, bundled, locate, read, resolve, setting, variants
+from fedsim.config import (
+    ConfigError,
+    Experiment,
+    assignment,
+    bundled,
+    fingerprints,
+    locate,
+    read,
+    resolve,
+    setting,
+    variants,
+)
 from fedsim.data import files
 from fedsim.data.sources import SOURCES
 from fedsim.engines.ray.cluster import OURS, travelling
@@ -79,7 +90,7 @@ def pack(experiment: str, changes: Sequence[str], seeds: Sequence[int]) -> Parce
         tuple(changes),
         tuple(seeds),
         some[0].engine,
-        tuple(dict.fromkeys([locate(experiment).resolve(), *travelling().values()])),
+        (locate(experiment).resolve(), *_sources(tables)),
         tuple(sorted(path for path in found if path.exists())),
         _data(some),
         {module: where for module, where in named.items() if module.partition(".")[0] not in (*OURS, "experiments")},
@@ -107,6 +118,13 @@ def placed(own: Table, cluster: Table) -> Table:
             )
     kept = {key: own[key] for key in KEPT if key in own}
     return kept | ({} if use == RAY else {"inner": INNER[use]}) | dict(cluster)
+
+
+def _sources(tables: Sequence[Table]) -> list[Path]:
+    """The plug-in files that tables name, and what they have imported of what lies beside them."""
+    named = {Path(file) for table in tables for file in fingerprints(table)}
+    folders = {file.parent for file in named}
+    return sorted(named | {file for file in travelling().values() if not folders.isdisjoint(file.parents)})
 
 
 def _named(value: Any, where: str = "") -> Iterator[tuple[str, str]]:

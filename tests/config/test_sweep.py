@@ -35,7 +35,11 @@ def test_without_a_sweep_there_is_one_variant():
     assert variants(SMALL, ["rounds=2"]) == [["rounds=2"]]
 
 
-@pytest.mark.parametrize("value", [0.0, 3, True, "a b", 'quoted "x"', [1, 2], {"use": "clients.sgd:Sgd"}])
+LONG = {"use": "clients.sgd:Sgd", "note": "x" * 120, "inner": {"values": [1, 2]}}
+VALUES = [0.0, 3, True, "a b", "], [", 'quoted "x"', [1, 2], [[1], [2]], {}, {"use": "clients.sgd:Sgd"}, LONG]
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_a_value_is_written_as_toml_reads_it(value):
     assert tomllib.loads(setting("key", value))["key"] == value
 
