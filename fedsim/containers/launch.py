@@ -66,7 +66,7 @@ def launch(order: Order, say: Callable[[str], None]) -> Launched:
     words = parcel.words(command, EXPERIMENT, RUNS, by_name=composition.nodes)
     _check(order, composition, parcel, parts, memory)
     with _interruptible(), _folder(order.root) as folder:
-        name = f"fedsim-{order.where}-{uuid.uuid4().hex[:8]}"
+        name = f"fedsim-launch-{uuid.uuid4().hex[:8]}"
         files = (file,) if composition.nodes else (file, overlay(parcel, composition.service, folder))
         project = Project(name, files, composition, env | {"FEDSIM_KEYS": str(folder / "keys")})
         say(f"starting {compositions.told(parts, composition.service)}: {name}")
@@ -118,7 +118,7 @@ def _carried_out(
     finally:
         with _undisturbed():
             say("bringing the run back, and taking the containers away")
-            told += project.deaths() or (project.ailing() if told else [])
+            told = project.deaths() or [*told, *(project.ailing() if told else [])]
             runs = _brought_back(project, folder / "there", parcel.engine, order.root)
             say("")
     return Launched(code if code in (0, 2, 130) else 1, runs, told)

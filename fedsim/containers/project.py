@@ -107,8 +107,9 @@ class Project(NamedTuple):
         for state in self._containers():
             name, code = state["Name"].lstrip("/"), state["State"]["ExitCode"]
             if state["State"]["OOMKilled"]:
-                more = f"{amount(state['HostConfig']['Memory'])}; {', '.join(limits(self.files[0]))} say how much"
-                told.append(f"container {name} ran out of memory: it may use {more}")
+                allowed = amount(state["HostConfig"]["Memory"])
+                more = " or ".join(limits(self.files[0]))
+                told.append(f"container {name} ran out of memory: it may use {allowed}; {more} gives it more")
             elif code == KILLED:
                 told.append(f"container {name} was killed from outside (exit code {code})")
         return told
