@@ -53,7 +53,8 @@ def _closing(found: Launched) -> None:
     for line in found.told:
         errors.print(f"{'The run failed' if found.code else 'Warning'}: {line}")
     for path in found.runs:
-        if found.code:
-            errors.print(f"The run is here, in {path}; `fedsim resume {path}` goes on with it.")
-        else:
+        if not found.code:
             out.print(f"here    {path}")
+            continue
+        further = f"; `fedsim resume {path}` goes on with it." if found.whole else "."
+        errors.print(f"The run is here, in {path}{further}")

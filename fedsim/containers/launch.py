@@ -42,6 +42,7 @@ class Launched(NamedTuple):
 
     code: int  # 0 done, 1 the run failed, 2 it was refused, 130 interrupted
     runs: list[Path]  # here
+    whole: bool  # whether they hold all that there is to go on with, and not nodes some of it
     told: list[str]  # what else is to be known, and went wrong
 
 
@@ -121,7 +122,7 @@ def _carried_out(
             told = project.deaths() or [*told, *(project.ailing() if told else [])]
             runs = _brought_back(project, folder / "there", parcel.engine, order.root)
             say("")
-    return Launched(code if code in (0, 2, 130) else 1, runs, told)
+    return Launched(code if code in (0, 2, 130) else 1, runs, not project.composition.nodes, told)
 
 
 def _brought_back(project: Project, folder: Path, own: Table, root: Path) -> list[Path]:
