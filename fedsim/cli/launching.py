@@ -27,11 +27,11 @@ def launch(
     image: Annotated[str, typer.Option(envvar="FEDSIM_IMAGE", help="The image of fedsim.")] = "fedsim",
     full: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
-    """Run an experiment in containers of Docker's, bring the run back, and leave nothing behind.
+    """Run an experiment in containers, on a Ray cluster (ray) or on Flower's nodes (flower), and bring the run back.
 
-    What `fedsim run` refuses is refused here, too, before anything is started, and so is what Docker lacks. On Ray the
-    experiment gives the bits that it gives without. Ctrl-C ends the run, brings back what there is of it, and takes the
-    containers away; `fedsim resume` goes on with it, here.
+    What `fedsim run` refuses is refused here, too, before anything starts, and so is what Docker lacks. Nothing but the
+    image stays in Docker. Ctrl-C ends the run, and brings back what there is of it; after that, `fedsim resume` goes on
+    with a run that was on Ray.
     """
     with ending(full):
         screen = Screen(out.width, out.height) if out.is_terminal else None

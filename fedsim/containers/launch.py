@@ -136,15 +136,16 @@ def _brought_back(project: Project, folder: Path, own: Table, root: Path) -> lis
         runs = _settled(folder, own, root) if project.fetch(folder) else []
     except (DockerError, OSError) as error:
         project.remove(volumes=False)
+        volume, image = f"{project.name}_runs", project.env["FEDSIM_IMAGE"]
         raise DockerError(
-            f"the runs could not be brought here, and stay in a volume of the project {project.name} (`docker volume "
-            f"ls`), at {RUNS} of its containers: {error}"
+            f"{error}: so the runs stay in Docker, in the volume {volume}; from there they come by "
+            f"`docker run --rm --volume {volume}:/runs --entrypoint tar {image} -C /runs -c . | tar -x`"
         ) from error
     try:
         project.remove()
     except DockerError as error:
         raise DockerError(
-            f"{error}; take it away by `docker compose --project-name {project.name} down --volumes`"
+            f"{error}: take it away by `docker compose --project-name {project.name} down --volumes --remove-orphans`"
         ) from error
     return runs
 

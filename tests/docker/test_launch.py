@@ -213,6 +213,20 @@ def test_a_run_that_runs_out_of_memory_is_told_so_and_brought_back(image, folder
     assert [line["round"] for line in measured(path)] == [1, 2]
 
 
+def test_runs_that_cannot_be_brought_back_stay_in_their_volume(image, folder):
+    Path("runs").mkdir()
+    Path("runs/fedavg-digits").touch()  # where a folder is to be
+    done = fedsim("launch", "ray", "fedavg/digits", "--image", image, "--workers", "1", "--set", "rounds=2")
+    assert (done.returncode, done.stderr.count("The run failed:")) == (1, 1), done.stderr
+    (volume,) = set(re.findall(r"fedsim-launch-\w+_runs", done.stderr))
+    try:
+        (way,) = re.findall(r"`(docker run .*)`", done.stderr)
+        subprocess.run(way, shell=True, check=True)
+        assert len(measured(brought("."))) == 2
+    finally:
+        lines("volume", "rm", volume)
+
+
 def test_ctrl_c_in_a_terminal_ends_the_run_which_goes_on_here(image, folder):
     pid, terminal = pty.fork()
     if pid == 0:
