@@ -1,7 +1,7 @@
 """What the terminal shows during a run: a live bar where there is a terminal, plain lines where there is none."""
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -111,11 +111,12 @@ class Steps:
 
     def say(self, told: str) -> None:
         """Shows this step in place of the one before; "" is none."""
-        if self.status is not None:
-            self.status.stop()
-        self.status = self.console.status(Text(told)) if told and self.console.is_terminal else None
-        if self.status is not None:
-            self.status.start()
+        with suppress(OSError):  # the terminal may have been closed
+            if self.status is not None:
+                self.status.stop()
+            self.status = self.console.status(Text(told)) if told and self.console.is_terminal else None
+            if self.status is not None:
+                self.status.start()
 
     def __enter__(self) -> Self:
         return self

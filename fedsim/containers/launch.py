@@ -6,7 +6,7 @@ import tempfile
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +135,8 @@ def _brought_back(project: Project, folder: Path, own: Table, root: Path) -> lis
         folder.mkdir()
         runs = _settled(folder, own, root) if project.fetch(folder) else []
     except (DockerError, OSError) as error:
-        project.remove(volumes=False)
+        with suppress(DockerError):  # where the engine is gone, all is still there when it comes back
+            project.remove(volumes=False)
         volume, image = f"{project.name}_runs", project.env["FEDSIM_IMAGE"]
         raise DockerError(
             f"{error}: so the runs stay in Docker, in the volume {volume}; from there they come by "

@@ -13,6 +13,7 @@ from fedsim.containers.parcel import Parcel
 from fedsim.report.formats import amount
 
 END_SECONDS = 60.0  # that a run may take to end when it is interrupted
+SHOW_SECONDS = 5.0  # for its last words to be shown
 TRIES = 3  # of taking everything away: what was being made when its maker was ended may come late
 LABEL = "com.docker.compose.project"
 KILLED = 137  # the exit code of what was killed
@@ -86,9 +87,12 @@ class Project(NamedTuple):
         """Interrupts the run, and waits for its end, if nobody is in more of a hurry."""
         tried("kill", "--signal", "INT", self.runner)
         try:
-            shown.wait(END_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            docker("wait", self.runner, seconds=END_SECONDS)
+            shown.wait(SHOW_SECONDS)
+        except (DockerError, KeyboardInterrupt):
             tried("kill", self.runner)
+        except subprocess.TimeoutExpired:
+            return
 
     def fetch(self, folder: Path) -> bool:
         """Copies what the run has written into a folder; whether there was a run.
@@ -96,7 +100,7 @@ class Project(NamedTuple):
         Raises:
             DockerError: it could not be copied.
         """
-        if not tried("container", "inspect", self.runner):
+        if self.runner not in docker("ps", "--all", "--format", "{{.Names}}").split():
             return False
         docker("cp", f"{self.runner}:{RUNS}/.", str(folder))
         return True

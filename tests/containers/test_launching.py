@@ -12,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fedsim import cli
-from fedsim.containers.launch import INTERRUPTS, _interruptible, _settled, _undisturbed
+from fedsim.containers import COMPOSITIONS, composition
+from fedsim.containers.docker import DockerError
+from fedsim.containers.launch import INTERRUPTS, _brought_back, _interruptible, _settled, _undisturbed
 from fedsim.containers.parcel import pack
-from fedsim.containers.project import overlay
+from fedsim.containers.project import Project, overlay
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +137,17 @@ def test_sources_are_seen_at_their_own_path_and_can_be_read_by_whoever_runs_ther
     copy = folder / "0-mine.toml"
     assert (bound["source"], copy.stat().st_mode & 0o777) == (str(copy).replace("$", "$$"), 0o644)
     assert copy.read_bytes() == own.read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("docker") is None, reason="there is no command docker here")
+def test_where_the_engine_is_gone_nobody_is_told_to_remove_what_may_hold_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
+    chosen = COMPOSITIONS["ray"]
+    env = dict(os.environ, FEDSIM_IMAGE="image")
+    project = Project("fedsim-launch-gone", (composition.path(chosen),), chosen, env)
+    with pytest.raises(DockerError, match=r"in the volume fedsim-launch-gone_runs") as told:
+        _brought_back(project, tmp_path / "there", {"use": "auto"}, tmp_path)
+    assert "down" not in str(told.value)
 
 
 @pytest.mark.parametrize("number", INTERRUPTS)

@@ -227,24 +227,32 @@ def test_runs_that_cannot_be_brought_back_stay_in_their_volume(image, folder):
         lines("volume", "rm", volume)
 
 
-def test_ctrl_c_in_a_terminal_ends_the_run_which_goes_on_here(image, folder):
+def in_a_terminal(image, end):
+    """Launches in a terminal, does something to this when a round is over; what was shown, and the exit code."""
     pid, terminal = pty.fork()
     if pid == 0:
         words = command("launch", "ray", "fedavg/digits", "--image", image, *ENDLESS)
         os.execvpe(words[0], words, surroundings(TERM="xterm"))
-    shown, deadline = b"", time.monotonic() + 300
-    pressed = False
-    while time.monotonic() < deadline:
+    shown, deadline, open_, ended = b"", time.monotonic() + 300, True, False
+    while open_ and time.monotonic() < deadline:
         try:
             shown += os.read(terminal, 10000)
-        except OSError:  # its end
+        except OSError:  # all that was in it has ended
             break
-        if b"train/loss" in shown and not pressed:
-            os.write(terminal, b"\x03")
-            pressed = True
+        if b"train/loss" in shown and not ended:
+            ended, open_ = True, end(terminal)
     _, status = os.waitpid(pid, 0)
-    text = shown.decode(errors="replace")
-    assert os.waitstatus_to_exitcode(status) == 130, text
+    return shown.decode(errors="replace"), os.waitstatus_to_exitcode(status)
+
+
+def test_a_terminal_that_is_closed_ends_the_run(image, folder):
+    in_a_terminal(image, os.close)
+    assert len(measured(brought())) >= 1
+
+
+def test_ctrl_c_in_a_terminal_ends_the_run_which_goes_on_here(image, folder):
+    text, code = in_a_terminal(image, lambda terminal: os.write(terminal, b"\x03"))
+    assert code == 130, text
     assert "starting 1 head and 2 workers" in text and "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in text  # the live display
     path = brought()
     done = len(measured(path))
