@@ -30,7 +30,7 @@ class Composition(NamedTuple):
     worker: str  # what the names of those that work begin with
     data: tuple[str, ...]  # the variables for the folder with the data sets
     before: str = ""  # the service that makes certificates and keys in the folder FEDSIM_KEYS of the user FEDSIM_USER
-    nodes: bool = False  # whether workers have no more of an experiment than the image has, and keep what is their own
+    nodes: bool = False  # whether no file travels to those that work, who keep what is their own
 
 
 COMPOSITIONS = {

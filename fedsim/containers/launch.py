@@ -64,12 +64,12 @@ def launch(order: Order, say: Callable[[str], None]) -> Launched:
     env = compositions.variables(composition, order.image, order.workers, parcel.data)
     parts = compositions.services(file, env)
     command = next(part.command for part in parts if part.name == composition.service)
-    words = parcel.words(command, EXPERIMENT, RUNS, by_name=composition.nodes)
+    words = parcel.words(command, EXPERIMENT, () if composition.nodes else ("--out", RUNS))
     _check(order, composition, parcel, parts, memory)
     with _interruptible(), _folder(order.root) as folder:
         name = f"fedsim-launch-{uuid.uuid4().hex[:8]}"
-        files = (file,) if composition.nodes else (file, overlay(parcel, composition.service, folder))
-        project = Project(name, files, composition, env | {"FEDSIM_KEYS": str(folder / "keys")})
+        more = overlay(parcel, composition.service, folder)
+        project = Project(name, (file, more), composition, env | {"FEDSIM_KEYS": str(folder / "keys")})
         say(f"starting {compositions.told(parts, composition.service)}: {name}")
         return _carried_out(project, words, parcel, order, folder, say)
 
@@ -79,10 +79,11 @@ def _read(order: Order) -> tuple[Composition, Parcel]:
     if order.where not in COMPOSITIONS:
         raise ConfigError(f"launch {order.where!r}: must be one of {', '.join(COMPOSITIONS)}")
     composition, parcel = COMPOSITIONS[order.where], pack(order.experiment, order.changes, order.seeds)
-    if composition.nodes and (yours := parcel.yours()):
+    files = [path for path in (*parcel.sources, *parcel.places) if path != parcel.path]
+    if composition.nodes and files:
         raise ConfigError(
-            f"{order.where} runs bundled experiments alone (`fedsim list`): its nodes have what the image has, and not "
-            f"{', '.join(map(str, yours))}"
+            f"{order.where} has nodes, to which an experiment travels, but no file that it names: the image would have "
+            f"to have {', '.join(map(str, files))}"
         )
     return composition, parcel
 

@@ -9,7 +9,6 @@ from fedsim.config import (
     ConfigError,
     Experiment,
     assignment,
-    bundled,
     fingerprints,
     locate,
     read,
@@ -34,8 +33,7 @@ KEPT = ("inner", "block", "threads", "deadline", "retries")  # of Ray's keys, th
 class Parcel(NamedTuple):
     """An experiment, checked, and what belongs to it on this machine."""
 
-    experiment: str  # as it was named
-    path: Path  # where it lies
+    path: Path  # of the experiment
     changes: tuple[str, ...]
     seeds: tuple[int, ...]
     engine: Table  # the experiment's own
@@ -44,29 +42,22 @@ class Parcel(NamedTuple):
     data: Path | None  # the folder with the data sets
     modules: dict[str, str]  # that have to be in the image -> the key that names them
 
-    def words(self, command: Sequence[str], marker: str, root: str, by_name: bool) -> list[str]:
+    def words(self, command: Sequence[str], marker: str, more: Sequence[str] = ()) -> list[str]:
         """A container's command, with this experiment in the place of a marker.
 
         Where the command sets an engine, it is that one, with what the experiment's own says of how clients run.
 
         Args:
             command: has the marker, and may have an engine.
-            marker: what the experiment's name and its changes stand for.
-            root: the folder for the runs.
-            by_name: whether the experiment is the one of this name that is there, and its runs go where they go anyway.
+            marker: what the experiment and its changes stand for.
+            more: arguments besides.
         """
         given = [assignment(word)[1] for word in command if word.startswith("engine=")]
         changes = [*self.changes, *(setting("engine", placed(self.engine, cluster)) for cluster in given[:1])]
-        words = [self.experiment] if by_name else [str(self.path), "--out", root]
-        words += [word for change in changes for word in ("--set", change)]
-        words += [word for seed in self.seeds for word in ("--seeds", str(seed))]
+        words = [str(self.path), *more, *(word for change in changes for word in ("--set", change))]
+        words += ["--seeds", *map(str, self.seeds)] if self.seeds else []
         there = command.index(marker)
         return [*command[:there], *words, *command[there + 1 :]]
-
-    def yours(self) -> list[Path]:
-        """What of it no image has."""
-        bare = self.experiment in bundled()
-        return [*(path for path in self.sources if not (bare and path == self.path)), *self.places]
 
 
 def pack(experiment: str, changes: Sequence[str], seeds: Sequence[int]) -> Parcel:
@@ -85,7 +76,6 @@ def pack(experiment: str, changes: Sequence[str], seeds: Sequence[int]) -> Parce
     named = dict(pair for table in tables for pair in _named(table))
     found = {Path(value) for table in tables for value in _texts(table) if os.path.isabs(value)}
     return Parcel(
-        experiment,
         locate(experiment).resolve(),
         tuple(changes),
         tuple(seeds),

@@ -77,9 +77,10 @@ def test_an_unknown_place_is_bad_input(without_docker):
     refused(call("launch", "slurm", "fedavg/digits"), "launch 'slurm': must be one of ray, flower")
 
 
-def test_flower_runs_bundled_experiments_alone(without_docker, tmp_path):
-    (tmp_path / "mine.toml").write_bytes(pack("fedavg/digits", (), ()).path.read_bytes())
-    refused(call("launch", "flower", "mine.toml"), "flower runs bundled experiments alone", str(tmp_path / "mine.toml"))
+def test_no_plug_in_file_travels_to_flowers_nodes(without_docker, tmp_path):
+    (tmp_path / "mine.py").write_text("from strategies.fedavg import FedAvg\n")
+    told = call("launch", "flower", "fedavg/digits", "--set", "strategy.use=mine.py:FedAvg")
+    refused(told, "no file that it names", str(tmp_path / "mine.py"))
 
 
 @pytest.mark.parametrize("arguments", [["launch"], ["launch", "ray"], ["launch", "ray", "x", "--workers", "0"]])

@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 
 def carried(experiment, *changes, seeds=()):
     """The words of the container's command, and the experiment that `fedsim run` reads out of them."""
-    words = pack(str(experiment), changes, seeds).words(COMMAND, "HERE", "/runs", by_name=False)
+    words = pack(str(experiment), changes, seeds).words(COMMAND, "HERE", ("--out", "/runs"))
     given = [value for word, value in zip(words, words[1:], strict=False) if word == "--set"]
     asked, base = read(words[3], given)
     return words, resolve(asked, base)
@@ -101,11 +101,11 @@ def test_what_belongs_to_an_experiment_is_sent_along_and_nothing_else(folder):
     assert [path.name for path in parcel.sources] == ["mine.toml", "neighbour.py", "plugin.py"]
     assert parcel.places == (folder / "numbers.txt",)
     assert parcel.data is None and not parcel.modules
-    assert {path.name for path in parcel.yours()} == {"mine.toml", "plugin.py", "neighbour.py", "numbers.txt"}
 
 
-def test_nothing_of_a_bundled_experiment_has_to_be_sent():
-    assert pack("fedavg/digits", (), ()).yours() == []
+def test_a_bundled_experiment_is_sent_too_as_the_image_may_have_another_one():
+    parcel = pack("fedavg/digits", (), ())
+    assert (parcel.path.name, parcel.sources, parcel.places) == ("digits.toml", (parcel.path,), ())
 
 
 def test_changes_are_words_of_their_own_that_no_shell_reads(folder):
@@ -113,12 +113,12 @@ def test_changes_are_words_of_their_own_that_no_shell_reads(folder):
     words, asked = carried(folder / "mine.toml", change, "rounds=3", seeds=(4, 5))
     assert words[:4] == [*COMMAND[:3], str(folder / "mine.toml")] and change in words
     assert (asked.clients["train"]["note"], asked.rounds) == ('a "b" $HOME $$ `c`; d\\e', 3)
-    assert shlex.join(words).endswith("--seeds 4 --seeds 5")
+    assert shlex.join(words).endswith("--seeds 4 5")
 
 
-def test_by_its_name_an_experiment_is_the_one_that_is_there():
-    words = pack("fedavg/digits", ("rounds=3",), (1,)).words(["HERE"], "HERE", "/runs", by_name=True)
-    assert words == ["fedavg/digits", "--set", "rounds=3", "--seeds", "1"]
+def test_a_command_without_an_engine_gets_none():
+    parcel = pack("fedavg/digits", ("rounds=3",), (1, 2))
+    assert parcel.words(["HERE", "x"], "HERE") == [str(parcel.path), "--set", "rounds=3", "--seeds", "1", "2", "x"]
 
 
 def test_a_sweep_is_sent_whole_and_may_not_choose_the_engine(folder):
