@@ -1,13 +1,14 @@
 """What the terminal shows during a run: a live bar where there is a terminal, plain lines where there is none."""
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich import live
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.text import Text
 
 from fedsim.ranking import beside, foremost
@@ -99,6 +100,29 @@ class Lines(Silent):
     def warn(self, told: str) -> None:
         """Writes it."""
         self.console.print(f"{self.label}  {told}", highlight=False, markup=False, soft_wrap=True)
+
+
+class Steps:
+    """What is going on before and after, with a spinner, as long as it is going on; nothing without a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status: Status | None = None
+
+    def say(self, told: str) -> None:
+        """Shows this step in place of the one before; "" is none."""
+        with suppress(OSError):  # the terminal may have been closed
+            if self.status is not None:
+                self.status.stop()
+            self.status = self.console.status(Text(told)) if told and self.console.is_terminal else None
+            if self.status is not None:
+                self.status.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.say("")
 
 
 def told(metrics: Metrics) -> str:

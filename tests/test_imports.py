@@ -34,7 +34,7 @@ ROOMS = (
     {"config"},
     {"environment", "progress", "trackers", "report"},
     {"job"},
-    {"launch", "doctor", "testing"},
+    {"launch", "doctor", "testing", "containers"},
     {"certificate"},
     {"apps"},
     {"cli"},

@@ -16,8 +16,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fedsim.containers import COMPOSITIONS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedsim", "strategies", "clients", "experiments")
+COMPOSED = {composition.file for composition in COMPOSITIONS.values()}  # what `fedsim launch` starts
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 GROUPS = PROJECT["entry-points"]
 DECLARED = [(group, name, target) for group, targets in GROUPS.items() for name, target in targets.items()]
@@ -47,7 +50,8 @@ def sources() -> set[str]:
     """The files of the checkout that belong into a wheel."""
     wanted = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     wanted += [path for end in ("*.toml", "README.md") for path in (ROOT / "experiments").rglob(end)]
-    return {path.relative_to(ROOT).as_posix() for path in (*wanted, ROOT / "fedsim" / "py.typed")}
+    files = {path.relative_to(ROOT).as_posix() for path in (*wanted, ROOT / "fedsim" / "py.typed")}
+    return files | {f"fedsim/docker/{name}" for name in COMPOSED if (ROOT / "docker" / name).is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,7 @@ def test_the_lock_satisfies_every_requirement_of_the_project():
 def test_a_wheel_holds_all_modules_and_experiments_and_nothing_else(wheel):
     assert members(wheel) == sources()
     assert {"fedsim/py.typed", "fedsim/data/files.py", "experiments/fedavg/digits.toml"} <= members(wheel)
+    assert "fedsim/docker/compose.ray.yaml" in members(wheel)
 
 
 @pytest.mark.slow
@@ -122,6 +127,14 @@ def test_an_installed_fedsim_runs_an_experiment_in_an_empty_folder(programs, tmp
     rounds = [json.loads(line)["round"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert [number for number in rounds if number > 0] == [1, 2]  # round 0 is the model before it is trained
     assert (metrics.parent / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_an_installed_fedsim_has_what_it_launches(programs, tmp_path):
+    code = "from fedsim.containers import COMPOSITIONS, composition; print(composition.path(COMPOSITIONS['ray']))"
+    (place,) = succeed(programs / "python", "-c", code, folder=tmp_path).split()
+    assert Path(place).is_relative_to(programs.parent)
+    assert Path(place).read_bytes() == (ROOT / "docker" / "compose.ray.yaml").read_bytes()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: run, resume, report, certify, compare, list, data, doctor.
+"""The command line: run, launch, resume, report, certify, compare, list, data, doctor.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 """
@@ -19,6 +19,7 @@ from fedsim import config, doctor
 from fedsim.cli.certifying import certify
 from fedsim.cli.datasets import data
 from fedsim.cli.endings import ending, out, print_rows, reading
+from fedsim.cli.launching import launch
 from fedsim.cli.options import Changes, FullTrace, Root, Seeds, TrackerName
 from fedsim.config import ConfigError
 from fedsim.flower import Outcome
@@ -85,6 +86,9 @@ def run(
             folder = results[0].path.parent / "comparison"
             _print_comparison([result.path for result in results], folder)
             out.print(f"comparison  {folder}")
+
+
+app.command()(launch)
 
 
 @app.command()

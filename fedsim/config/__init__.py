@@ -9,7 +9,7 @@ from fedsim.config.assembly import Assembly, Supplies, assemble, resolve, supply
 from fedsim.config.experiment import PARTS, Experiment, assignment, bundled, locate, read
 from fedsim.config.plugins import ConfigError, find, fingerprints, names
 from fedsim.config.recipe import Recipe, recipe
-from fedsim.config.sweep import variants
+from fedsim.config.sweep import setting, variants
 
 __all__ = [
     "PARTS",
@@ -28,6 +28,7 @@ __all__ = [
     "read",
     "recipe",
     "resolve",
+    "setting",
     "supply",
     "variants",
 ]

@@ -22,14 +22,16 @@ def variants(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()
     experiment, _ = read(source, changes)
     if not experiment.sweep:
         return [list(changes)]
-    settings = [[_assignment(key, value) for value in values] for key, values in experiment.sweep.items()]
+    settings = [[setting(key, value) for value in values] for key, values in experiment.sweep.items()]
     found = [[*changes, *chosen, "sweep={}"] for chosen in itertools.product(*settings)]
     for each in found:
         resolve(*read(source, each))
     return found
 
 
-def _assignment(key: str, value: Any) -> str:
-    """As `--set` takes it. Within an array even a table is written in one piece."""
-    array = tomli_w.dumps({"values": [value]}).partition("=")[2]
-    return f"{key}={array.strip().removeprefix('[').removesuffix(']').strip().removesuffix(',')}"
+def setting(key: str, value: Any) -> str:
+    """As `--set` takes it. Within arrays of arrays even a long table is written in one piece."""
+    text = tomli_w.dumps({"values": [[value]]}).partition("=")[2]
+    for _ in range(2):
+        text = text.strip().removeprefix("[").removesuffix("]").strip().removesuffix(",")
+    return f"{key}={text}"

@@ -6,7 +6,7 @@ import pytest
 
 import fedsim
 from fedsim.config import ConfigError, variants
-from fedsim.config.sweep import _assignment
+from fedsim.config.sweep import setting
 
 SMALL = {
     "name": "small",
@@ -35,9 +35,13 @@ def test_without_a_sweep_there_is_one_variant():
     assert variants(SMALL, ["rounds=2"]) == [["rounds=2"]]
 
 
-@pytest.mark.parametrize("value", [0.0, 3, True, "a b", 'quoted "x"', [1, 2], {"use": "clients.sgd:Sgd"}])
+LONG = {"use": "clients.sgd:Sgd", "note": "x" * 120, "inner": {"values": [1, 2]}}
+VALUES = [0.0, 3, True, "a b", "], [", 'quoted "x"', [1, 2], [[1], [2]], {}, {"use": "clients.sgd:Sgd"}, LONG]
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_a_value_is_written_as_toml_reads_it(value):
-    assert tomllib.loads(_assignment("key", value))["key"] == value
+    assert tomllib.loads(setting("key", value))["key"] == value
 
 
 @pytest.mark.parametrize(

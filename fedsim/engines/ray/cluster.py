@@ -69,13 +69,21 @@ def carry_plugins() -> None:
 
     Workers cannot import them, at least not on another machine.
     """
+    for name in travelling():
+        cloudpickle.register_pickle_by_value(sys.modules[name])  # type: ignore[no-untyped-call]
+
+
+def travelling() -> dict[str, Path]:
+    """The modules that were loaded from plug-in files, and those that lie beside them: name -> file."""
     modules = list(sys.modules.items())
     files = {name: Path(file) for name, module in modules if (file := getattr(module, "__file__", None))}
     folders = {file.parent for name, file in files.items() if name.startswith(PLUGIN)}
-    for name, file in files.items():
-        beside = any(folder in file.parents for folder in folders) and not _installed(name, file)
-        if name.startswith(PLUGIN) or beside:
-            cloudpickle.register_pickle_by_value(sys.modules[name])  # type: ignore[no-untyped-call]
+    beside = {
+        name
+        for name, file in files.items()
+        if any(folder in file.parents for folder in folders) and not _installed(name, file)
+    }
+    return {name: file for name, file in files.items() if name.startswith(PLUGIN) or name in beside}
 
 
 def _installed(name: str, file: Path) -> bool:
