@@ -148,6 +148,25 @@ def test_from_run_is_the_model_before(runs, tmp_path):
     assert one.models["before"] == two.models["before"]
 
 
+@pytest.mark.parametrize(
+    ("action", "changes"),
+    [
+        ("weigh", ('strategy.remember="importance"', 'clients.weigh={use="weigh"}', "strategy.forgetting=1")),
+        (
+            "measure",
+            ('strategy={use="pruning", training=10, repairing=1}', 'clients.measure={use="activations"}', "rounds=12"),
+        ),
+    ],
+)
+def test_a_round_in_which_nobody_trains_costs_something_too(runs, tmp_path, action, changes):
+    gone = fedsim.run(BASE, changes=changes, root=tmp_path)
+    assert f"{action}/forgotten" in gone.metrics[10]
+    costs = certify(gone.path, runs[1], shadows=0).costs["forgetting"]
+    other = 1 if action == "weigh" else 2  # epochs of the round that follows
+    assert (costs["rounds"], costs["client_epochs"]) == (2, 4 + 4 * other)
+    assert f"{action}, round 11" in (gone.path / "report" / "index.html").read_text()
+
+
 def test_a_client_is_judged_by_what_it_had(tmp_path):
     request = ("split.requests=[{client=2}]", "rounds=12", "strategy.forgetting=2")
     gone = fedsim.run(BASE, changes=request, root=tmp_path)
