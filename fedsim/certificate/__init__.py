@@ -5,7 +5,6 @@ examples, of as many rounds as the first model had.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +12,22 @@ from typing import Any, NamedTuple
 from fedsim.certificate.costs import action, spent
 from fedsim.certificate.material import BACKDOOR, Material, material
 from fedsim.certificate.measuring import accuracies, apart, membership
+from fedsim.certificate.notes import of_lengths, of_measurements
 from fedsim.certificate.verdict import Check, Limits, checks, verdict
+from fedsim.checkpoints import read_checkpoint
 from fedsim.config import Assembly, ConfigError, Experiment, assemble, read, resolve
 from fedsim.files import replace
 from fedsim.forgetting import at_hand
 from fedsim.launch import threads
 from fedsim.ranges import Count, Natural, checked
 from fedsim.report import write_report
-from fedsim.runs import Run, trained
+from fedsim.runs import Run, last_checkpoint, trained
 from fedsim.simulation import begin
 from fedsim.task import Cohort, Params, Task
 
 FILE = "certificate.json"
 SAME = ("seed", "data", "partition", "model")  # what a run and the one that it is held against have in common
 DEFAULT = Limits()
-POWER = 0.55  # of an attack that is worth the name
 LIMITS = (
     "What was not measured is not vouched for: what can be read from the parameters themselves, from the updates that "
     "clients sent while they trained, or from earlier models.",
@@ -100,12 +100,13 @@ def certify(
         with assembly.engine:
             found = _measured(assembly, asked, directory, other, shadows, plain_rounds, most)
     models, about = found
+    again = other.metrics()
     costs = {
         "forgetting": spent(directory.metrics(), asked.clients, without=("train",)),
-        "retraining": spent(other.metrics(), held_against.clients),
+        "retraining": spent(again, held_against.clients),
     }
     judged = tuple(checks(models, costs, limits))
-    notes = _notes(models, about, shadows, most, limits)
+    notes = [*of_measurements(models, about, shadows, most, limits), *of_lengths(_rounds(directory, asked), len(again))]
     names = assembly.federation.names["target"][1:]
     size = len(about.forgotten["target"])
     certificate = Certificate(
@@ -157,25 +158,11 @@ def _measured(
     return found, about
 
 
-def _notes(
-    models: Mapping[str, Mapping[str, float]], about: Material, shadows: int, most: int, limits: Limits
-) -> list[str]:
-    """What one must know of these measurements."""
-    notes = [] if "relapsed" in models else ["No plain rounds were taken, so a relapse would not have been seen."]
-    members, others = (min(most, len(part["y"])) for part in (about.forgotten, about.strangers))
-    if not others:
-        return [*notes, "No attack on membership was made: there is nothing held out like what was forgotten."]
-    error = math.sqrt((members + others + 1) / (12 * members * others))
-    few = "" if 2 * error <= limits.membership else f": too large to tell a difference of {limits.membership:g} by"
-    notes.append(f"A membership AUC, of {members} against {others} examples, has a standard error of {error:.3f}{few}.")
-    notes += [] if shadows else ["No attack by likelihood ratio was made."]
-    attacks = [value for name, value in models.get("before", {}).items() if name.startswith("membership")]
-    if attacks and max(attacks) < POWER:
-        notes.append(
-            f"The attacks on membership tell little of the model before either (AUC {max(attacks):.2f} at most), so "
-            "that they tell little of the one after proves nothing."
-        )
-    return notes
+def _rounds(directory: Run, asked: Experiment) -> int:
+    """For how many rounds the model before it forgot was trained."""
+    if "from_run" in asked.strategy:
+        return read_checkpoint(last_checkpoint(Path(asked.strategy["from_run"]), asked.seed))[1]
+    return sum(action(line) == "train" for line in directory.metrics())
 
 
 def before(directory: Run, asked: Experiment) -> Params | None:

@@ -175,6 +175,28 @@ def test_a_client_is_judged_by_what_it_had(tmp_path):
     assert "target_accuracy" not in found.models["after"]
     assert found.checks[0].name == "difference in accuracy on the forgotten examples"
     assert found.examples == len(assemble(resolve(*read(gone.path / "experiment.toml"))).federation.examples(2)["y"])
+    assert not any("like nothing held out" in note for note in found.limits)
+
+
+def test_what_the_accuracy_on_the_target_is_not_about_is_said(tmp_path):
+    request = ("split.requests=[{class=1}, {client=2}]", "strategy.forgetting=1", "rounds=12")
+    gone = fedsim.run(BASE, changes=request, root=tmp_path)
+    without = fedsim.run(BASE, changes=[*request, *RETRAIN, "split.leave_out=2"], root=tmp_path)
+    own = assemble(resolve(*read(gone.path / "experiment.toml"))).federation.examples(2)["y"]
+    (note,) = (note for note in certify(gone.path, without.path, shadows=0).limits if "like nothing held out" in note)
+    assert note.startswith(f"{int((own != 1).sum())} of the examples")
+
+
+def test_a_retrained_model_of_fewer_rounds_is_noted(runs, tmp_path):
+    def told(path, other):
+        return [note for note in certify(path, other, shadows=0).limits if note.startswith("The first model had")]
+
+    short = fedsim.run(BASE, changes=[*RETRAIN, "strategy.training=4"], root=tmp_path).path
+    there = Run.open(runs[0]).checkpoints()[9]
+    again = fedsim.run(BASE, changes=("strategy.training=0", f"strategy.from_run={there}", "rounds=6"), root=tmp_path)
+    assert told(runs[0], runs[1]) == told(again.path, runs[1]) == []
+    for path in (runs[0], again.path):
+        assert [note[:50] for note in told(path, short)] == ["The first model had 10 rounds, the retrained one 4"]
 
 
 def test_clients_own_test_parts_serve_where_there_is_no_common_test_set():
