@@ -328,6 +328,7 @@ def test_clients_that_do_not_tell_their_accuracy_cannot_say_when_to_stop(setting
 # Engines, loops, promises.
 
 SETTINGS = {"num_targets": 3, "training": 1, "forgetting": 2, "repairing": 1, "remember": "importance"}
+SETTINGS |= {"gone_with": (2, 3, 1)}
 
 
 @pytest.mark.parametrize("kind", [ForgetWhileTraining, ForgetAlone])
