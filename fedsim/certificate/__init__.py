@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fedsim.certificate.costs import action, spent
 from fedsim.certificate.material import BACKDOOR, Material, material
 from fedsim.certificate.measuring import accuracies, apart, membership
-from fedsim.certificate.notes import of_lengths, of_measurements
+from fedsim.certificate.notes import of_end, of_lengths, of_measurements
 from fedsim.certificate.verdict import Check, Limits, checks, verdict
 from fedsim.checkpoints import read_checkpoint
 from fedsim.config import Assembly, ConfigError, Experiment, assemble, read, resolve
@@ -22,7 +22,7 @@ from fedsim.launch import threads
 from fedsim.ranges import Count, Natural, checked
 from fedsim.report import write_report
 from fedsim.runs import Run, last_checkpoint, trained
-from fedsim.simulation import begin
+from fedsim.simulation import Snapshot, begin
 from fedsim.task import Cohort, Params, Task
 
 FILE = "certificate.json"
@@ -106,7 +106,12 @@ def certify(
         "retraining": spent(again, held_against.clients),
     }
     judged = tuple(checks(models, costs, limits))
-    notes = [*of_measurements(models, about, shadows, most, limits), *of_lengths(_rounds(directory, asked), len(again))]
+    last = _last(assembly, directory, asked.seed)
+    notes = [
+        *of_measurements(models, about, shadows, most, limits),
+        *of_lengths(_rounds(directory, asked), len(again)),
+        *of_end(last.round, assembly.strategy.done(last.state)),
+    ]
     names = assembly.federation.names["target"][1:]
     size = len(about.forgotten["target"])
     certificate = Certificate(
@@ -174,11 +179,17 @@ def before(directory: Run, asked: Experiment) -> Params | None:
     return trained(there[0]) if there else None
 
 
+def _last(assembly: Assembly, directory: Run, seed: int) -> Snapshot:
+    """What a run's last checkpoint holds."""
+    number = assembly.federation.num_clients
+    start = begin(assembly.strategy, assembly.model.params, assembly.clients, number, seed)
+    return directory.load(directory.checkpoints()[-1], start)
+
+
 def _plain(assembly: Assembly, directory: Run, rounds: int, seed: int) -> Params:
     """The model of a run's last checkpoint after more rounds of clients.repair."""
     federation = assembly.federation
-    start = begin(assembly.strategy, assembly.model.params, assembly.clients, federation.num_clients, seed)
-    done, state, personal = directory.load(directory.checkpoints()[-1], start)
+    done, state, personal = _last(assembly, directory, seed)
     params: Params = state["params"]
     last = len(federation.names["target"]) - 1
     for number in range(done + 1, done + 1 + rounds):

@@ -17,6 +17,12 @@ def of_lengths(first: int, again: int) -> list[str]:
     return [told] if first != again else []
 
 
+def of_end(rounds: int, done: bool) -> list[str]:
+    """Where the run ended before its strategy was done, with some of what it was to forget perhaps not forgotten."""
+    told = f"The run is measured after {rounds} rounds; its strategy would have gone on."
+    return [] if done else [told]
+
+
 def of_measurements(
     models: Mapping[str, Mapping[str, float]], about: Material, shadows: int, most: int, limits: Limits
 ) -> list[str]:

@@ -199,6 +199,14 @@ def test_a_retrained_model_of_fewer_rounds_is_noted(runs, tmp_path):
         assert [note[:50] for note in told(path, short)] == ["The first model had 10 rounds, the retrained one 4"]
 
 
+def test_a_run_that_is_not_done_is_noted(runs, tmp_path):
+    early = fedsim.run(BASE, changes=("rounds=13",), root=tmp_path).path
+    for path, expected in ((runs[0], 0), (early, 1)):
+        told = [note for note in certify(path, runs[1], shadows=0).limits if "its strategy would have gone on" in note]
+        assert len(told) == expected
+    assert told[0].startswith("The run is measured after 13 rounds")
+
+
 def test_clients_own_test_parts_serve_where_there_is_no_common_test_set():
     changes = ("data.test=0.0", "split.test=0.5", "evaluate_every=1")
     federation = assemble(resolve(*read(BASE, changes))).federation
