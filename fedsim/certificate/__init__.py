@@ -5,9 +5,9 @@ examples, of as many rounds as the first model had.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedsim.certificate.costs import action, spent
 from fedsim.certificate.material import BACKDOOR, Material, material
@@ -217,12 +217,12 @@ def _compare(asked: Experiment, other: Experiment) -> None:
     if split.get("use") == BACKDOOR:
         named = "poisoned = false"
         right = without.get("use") == BACKDOOR and without.get("poisoned") is False
-        differing: Mapping[str, Any] = {}
+        alike: Iterable[str] = ("validation", "test")  # without the copies it is all the same who stamps what
     else:
         named = f"leave_out = {len(split.get('requests', ()))}"
         right = without.get("leave_out") == len(split.get("requests", ()))
-        differing = {key: value for key, value in split.items() if key != "leave_out" and without.get(key) != value}
-    if not right or differing:
+        alike = split.keys() - {"leave_out"}
+    if not right or any(without.get(key) != split.get(key) for key in alike):
         raise ConfigError(
             f"against: its split is {without}; to be the model that never saw what is to be forgotten it must be that "
             f"of the run, {split}, with {named}"

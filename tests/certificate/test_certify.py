@@ -226,6 +226,9 @@ def test_a_backdoor(tmp_path):
     clean = fedsim.run(
         base, changes=("name=clean", "split.poisoned=false", "strategy.forgetting=0", "rounds=10"), root=tmp_path
     )
+    other = ("split.poisoned=false", "strategy.training=1", "strategy.forgetting=0", "split.validation=0.5")
+    with pytest.raises(ConfigError, match="against: its split is .*, with poisoned = false"):
+        certify(gone.path, fedsim.run(base, changes=other, root=tmp_path).path)
     found = certify(gone.path, clean.path, shadows=0)
     assert found.models["before"]["attack_success"] > 0.8 > 0.2 > found.models["retrained"]["attack_success"]
     assert found.models["after"]["attack_success"] < found.models["before"]["attack_success"]
