@@ -32,6 +32,8 @@ from fedsim.tree import Tree
 class MeasureActivations(Client):
     """Sums the activations of hidden channels by class. The weight is the number of examples.
 
+    Its metric "forgotten" is the share of them that the request at hand names.
+
     Attributes:
         model: its network is a chain of layers (`fedsim.layers:chain`), its outputs are logits of the K classes.
     """
@@ -87,4 +89,6 @@ class MeasureActivations(Client):
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The sums and counts."""
         update = {name: state[name] for name in ("sums", "examples", "forgotten")}
-        return Reply(update, data["mask"].sum().to(torch.get_default_dtype()))
+        examples = data["mask"].sum()
+        share = state["forgotten"].sum() / examples.clamp(min=1)
+        return Reply(update, examples.to(torch.get_default_dtype()), metrics={"forgotten": share})

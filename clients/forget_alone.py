@@ -20,8 +20,9 @@ Unlearning: How to Efficiently Erase a Client in FL?", 2022, https://arxiv.org/a
 
 Symbols: `teachers` is M, `batch_size` B, `lr` eta, `strength` lambda.
 
-Differs from the paper: its exact formulas are not known to us. The ascent is bound by the clipping and by when the
-server stops, not by a ball around the other clients' models.
+Differs from the paper: its exact formulas are not known to us. Memories are made once a round, for all of its epochs,
+those of `clients.forget:ForgetWhileTraining` anew in each. The ascent is bound by the clipping and by when the server
+stops, not by a ball around the other clients' models.
 """
 
 from dataclasses import dataclass

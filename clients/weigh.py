@@ -27,6 +27,8 @@ from fedsim.tree import Tree
 class Weigh(Client):
     """Sums squared gradients of single examples. The weight is the number of examples.
 
+    Its metric "forgotten" is the share of them that the request at hand names.
+
     Attributes:
         model: its outputs are logits of the K classes.
     """
@@ -72,4 +74,6 @@ class Weigh(Client):
     def finish(self, shared: Tree, state: Tree, data: Batch) -> Reply:
         """The sums and counts."""
         update = {name: state[name] for name in ("retained", "forgotten")}
-        return Reply(update, data["mask"].sum().to(torch.get_default_dtype()))
+        examples = data["mask"].sum()
+        share = state["forgotten"]["examples"] / examples.clamp(min=1)
+        return Reply(update, examples.to(torch.get_default_dtype()), metrics={"forgotten": share})

@@ -199,7 +199,7 @@ def trained(path: Path, seed: int = 0) -> Params:
         FileNotFoundError: there is no such run, or it has no checkpoint yet.
         ValueError: its checkpoint is damaged, or holds no model.
     """
-    file = path if path.is_file() else _last_checkpoint(path, seed)
+    file = last_checkpoint(path, seed)
     flat, _ = read_checkpoint(file)
     model = {
         name.removeprefix("state/params/"): leaf for name, leaf in flat.items() if name.startswith("state/params/")
@@ -209,7 +209,10 @@ def trained(path: Path, seed: int = 0) -> Params:
     return model
 
 
-def _last_checkpoint(path: Path, seed: int) -> Path:
+def last_checkpoint(path: Path, seed: int = 0) -> Path:
+    """The checkpoint of which `trained` gives the model; raises FileNotFoundError as it does."""
+    if path.is_file():
+        return path
     if (path / "experiment.toml").is_file():
         runs = [path]
     else:  # they are called date-time-seed, and a number where several began in one second

@@ -5,29 +5,29 @@ examples, of as many rounds as the first model had.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedsim.certificate.costs import action, spent
 from fedsim.certificate.material import BACKDOOR, Material, material
 from fedsim.certificate.measuring import accuracies, apart, membership
+from fedsim.certificate.notes import of_end, of_lengths, of_measurements
 from fedsim.certificate.verdict import Check, Limits, checks, verdict
+from fedsim.checkpoints import read_checkpoint
 from fedsim.config import Assembly, ConfigError, Experiment, assemble, read, resolve
 from fedsim.files import replace
 from fedsim.forgetting import at_hand
 from fedsim.launch import threads
 from fedsim.ranges import Count, Natural, checked
 from fedsim.report import write_report
-from fedsim.runs import Run, trained
-from fedsim.simulation import begin
+from fedsim.runs import Run, last_checkpoint, trained
+from fedsim.simulation import Snapshot, begin
 from fedsim.task import Cohort, Params, Task
 
 FILE = "certificate.json"
 SAME = ("seed", "data", "partition", "model")  # what a run and the one that it is held against have in common
 DEFAULT = Limits()
-POWER = 0.55  # of an attack that is worth the name
 LIMITS = (
     "What was not measured is not vouched for: what can be read from the parameters themselves, from the updates that "
     "clients sent while they trained, or from earlier models.",
@@ -100,12 +100,18 @@ def certify(
         with assembly.engine:
             found = _measured(assembly, asked, directory, other, shadows, plain_rounds, most)
     models, about = found
+    again = other.metrics()
     costs = {
         "forgetting": spent(directory.metrics(), asked.clients, without=("train",)),
-        "retraining": spent(other.metrics(), held_against.clients),
+        "retraining": spent(again, held_against.clients),
     }
     judged = tuple(checks(models, costs, limits))
-    notes = _notes(models, about, shadows, most, limits)
+    last = _last(assembly, directory, asked.seed)
+    notes = [
+        *of_measurements(models, about, shadows, most, limits),
+        *of_lengths(_rounds(directory, asked), len(again)),
+        *of_end(last.round, assembly.strategy.done(last.state)),
+    ]
     names = assembly.federation.names["target"][1:]
     size = len(about.forgotten["target"])
     certificate = Certificate(
@@ -157,25 +163,11 @@ def _measured(
     return found, about
 
 
-def _notes(
-    models: Mapping[str, Mapping[str, float]], about: Material, shadows: int, most: int, limits: Limits
-) -> list[str]:
-    """What one must know of these measurements."""
-    notes = [] if "relapsed" in models else ["No plain rounds were taken, so a relapse would not have been seen."]
-    members, others = (min(most, len(part["y"])) for part in (about.forgotten, about.strangers))
-    if not others:
-        return [*notes, "No attack on membership was made: there is nothing held out like what was forgotten."]
-    error = math.sqrt((members + others + 1) / (12 * members * others))
-    few = "" if 2 * error <= limits.membership else f": too large to tell a difference of {limits.membership:g} by"
-    notes.append(f"A membership AUC, of {members} against {others} examples, has a standard error of {error:.3f}{few}.")
-    notes += [] if shadows else ["No attack by likelihood ratio was made."]
-    attacks = [value for name, value in models.get("before", {}).items() if name.startswith("membership")]
-    if attacks and max(attacks) < POWER:
-        notes.append(
-            f"The attacks on membership tell little of the model before either (AUC {max(attacks):.2f} at most), so "
-            "that they tell little of the one after proves nothing."
-        )
-    return notes
+def _rounds(directory: Run, asked: Experiment) -> int:
+    """For how many rounds the model before it forgot was trained."""
+    if "from_run" in asked.strategy:
+        return read_checkpoint(last_checkpoint(Path(asked.strategy["from_run"]), asked.seed))[1]
+    return sum(action(line) == "train" for line in directory.metrics())
 
 
 def before(directory: Run, asked: Experiment) -> Params | None:
@@ -187,11 +179,17 @@ def before(directory: Run, asked: Experiment) -> Params | None:
     return trained(there[0]) if there else None
 
 
+def _last(assembly: Assembly, directory: Run, seed: int) -> Snapshot:
+    """What a run's last checkpoint holds."""
+    number = assembly.federation.num_clients
+    start = begin(assembly.strategy, assembly.model.params, assembly.clients, number, seed)
+    return directory.load(directory.checkpoints()[-1], start)
+
+
 def _plain(assembly: Assembly, directory: Run, rounds: int, seed: int) -> Params:
     """The model of a run's last checkpoint after more rounds of clients.repair."""
     federation = assembly.federation
-    start = begin(assembly.strategy, assembly.model.params, assembly.clients, federation.num_clients, seed)
-    done, state, personal = directory.load(directory.checkpoints()[-1], start)
+    done, state, personal = _last(assembly, directory, seed)
     params: Params = state["params"]
     last = len(federation.names["target"]) - 1
     for number in range(done + 1, done + 1 + rounds):
@@ -219,12 +217,12 @@ def _compare(asked: Experiment, other: Experiment) -> None:
     if split.get("use") == BACKDOOR:
         named = "poisoned = false"
         right = without.get("use") == BACKDOOR and without.get("poisoned") is False
-        differing: Mapping[str, Any] = {}
+        alike: Iterable[str] = ("validation", "test")  # without the copies it is all the same who stamps what
     else:
         named = f"leave_out = {len(split.get('requests', ()))}"
         right = without.get("leave_out") == len(split.get("requests", ()))
-        differing = {key: value for key, value in split.items() if key != "leave_out" and without.get(key) != value}
-    if not right or differing:
+        alike = split.keys() - {"leave_out"}
+    if not right or any(without.get(key) != split.get(key) for key in alike):
         raise ConfigError(
             f"against: its split is {without}; to be the model that never saw what is to be forgotten it must be that "
             f"of the run, {split}, with {named}"

@@ -122,9 +122,9 @@ def _supply(
             context[name] = len(federation.names[column])
     if "item" in federation.names:
         context["popularity"] = popularity(federation)
-    if "target" in federation.names:
-        context["gone_with"] = gone_with(federation)
     model = context["model"] = _made(recipes["model"], context, Model)
+    if "target" in federation.names:
+        context["gone_with"] = gone_with(federation, model.target)
     clients = context["clients"] = {name: _made(part, context, Client) for name, part in locals_.items()}
     for name, client in clients.items():
         if missing := [column for column in client.needs if column not in federation.columns]:

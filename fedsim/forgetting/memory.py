@@ -55,7 +55,7 @@ def forbidden(model: Model, examples: Batch, shared: Tree) -> Tensor:
         raise ValueError(f"the model has {classes} outputs: to forget it needs one for each class, and two at least")
     own = one_hot(labels, classes).bool()
     barred = own.clone()
-    barred[:, : len(gone)] |= gone
+    barred[:, : len(gone)] |= gone.to(own.device)  # examples are made ready on the CPU, whatever trains on them
     return torch.where(barred.all(1, keepdim=True), own, barred)
 
 

@@ -20,14 +20,18 @@ def at_hand(request: int, deleted: int) -> Tree:
     return {"request": torch.tensor(request), "deleted": torch.tensor(deleted)}
 
 
-def gone_with(federation: Federation) -> tuple[int, ...]:
+def gone_with(federation: Federation, label: str = "y") -> tuple[int, ...]:
     """For each of K classes the request with which the last of its training examples goes.
 
     It is the number of requests plus one where some are kept, and 0 where there never were any. Those that an earlier
     request named and that are left out of all training parts count as if they were there. Empty where no request can
-    name a class, as there is no column "y" of classes.
+    name a class, as there is no such column of classes.
+
+    Args:
+        federation: with the column "target".
+        label: the column of classes, which the model tells apart.
     """
-    y, target = (federation.columns.get(name) for name in ("y", "target"))
+    y, target = (federation.columns.get(name) for name in (label, "target"))
     if y is None or target is None or y.ndim != 1 or y.is_floating_point() or not len(y):
         return ()
     trained = np.zeros(len(y), dtype=np.bool_)
@@ -35,7 +39,7 @@ def gone_with(federation: Federation) -> tuple[int, ...]:
         trained[federation.rows[start:end]] = True
     never = len(federation.names["target"]) if "target" in federation.names else int(target.max()) + 1
     last = torch.where(target > 0, target, torch.where(torch.from_numpy(trained), never, 0))
-    classes = max(len(federation.names.get("y", ())), int(y.max()) + 1)
+    classes = max(len(federation.names.get(label, ())), int(y.max()) + 1)
     return tuple(last.new_zeros(classes).scatter_reduce(0, y.long(), last, "amax").tolist())
 
 

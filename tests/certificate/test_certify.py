@@ -148,6 +148,25 @@ def test_from_run_is_the_model_before(runs, tmp_path):
     assert one.models["before"] == two.models["before"]
 
 
+@pytest.mark.parametrize(
+    ("action", "changes"),
+    [
+        ("weigh", ('strategy.remember="importance"', 'clients.weigh={use="weigh"}', "strategy.forgetting=1")),
+        (
+            "measure",
+            ('strategy={use="pruning", training=10, repairing=1}', 'clients.measure={use="activations"}', "rounds=12"),
+        ),
+    ],
+)
+def test_a_round_in_which_nobody_trains_costs_something_too(runs, tmp_path, action, changes):
+    gone = fedsim.run(BASE, changes=changes, root=tmp_path)
+    assert f"{action}/forgotten" in gone.metrics[10]
+    costs = certify(gone.path, runs[1], shadows=0).costs["forgetting"]
+    other = 1 if action == "weigh" else 2  # epochs of the round that follows
+    assert (costs["rounds"], costs["client_epochs"]) == (2, 4 + 4 * other)
+    assert f"{action}, round 11" in (gone.path / "report" / "index.html").read_text()
+
+
 def test_a_client_is_judged_by_what_it_had(tmp_path):
     request = ("split.requests=[{client=2}]", "rounds=12", "strategy.forgetting=2")
     gone = fedsim.run(BASE, changes=request, root=tmp_path)
@@ -156,6 +175,36 @@ def test_a_client_is_judged_by_what_it_had(tmp_path):
     assert "target_accuracy" not in found.models["after"]
     assert found.checks[0].name == "difference in accuracy on the forgotten examples"
     assert found.examples == len(assemble(resolve(*read(gone.path / "experiment.toml"))).federation.examples(2)["y"])
+    assert not any("like nothing held out" in note for note in found.limits)
+
+
+def test_what_the_accuracy_on_the_target_is_not_about_is_said(tmp_path):
+    request = ("split.requests=[{class=1}, {client=2}]", "strategy.forgetting=1", "rounds=12")
+    gone = fedsim.run(BASE, changes=request, root=tmp_path)
+    without = fedsim.run(BASE, changes=[*request, *RETRAIN, "split.leave_out=2"], root=tmp_path)
+    own = assemble(resolve(*read(gone.path / "experiment.toml"))).federation.examples(2)["y"]
+    (note,) = (note for note in certify(gone.path, without.path, shadows=0).limits if "like nothing held out" in note)
+    assert note.startswith(f"{int((own != 1).sum())} of the examples")
+
+
+def test_a_retrained_model_of_fewer_rounds_is_noted(runs, tmp_path):
+    def told(path, other):
+        return [note for note in certify(path, other, shadows=0).limits if note.startswith("The first model had")]
+
+    short = fedsim.run(BASE, changes=[*RETRAIN, "strategy.training=4"], root=tmp_path).path
+    there = Run.open(runs[0]).checkpoints()[9]
+    again = fedsim.run(BASE, changes=("strategy.training=0", f"strategy.from_run={there}", "rounds=6"), root=tmp_path)
+    assert told(runs[0], runs[1]) == told(again.path, runs[1]) == []
+    for path in (runs[0], again.path):
+        assert [note[:50] for note in told(path, short)] == ["The first model had 10 rounds, the retrained one 4"]
+
+
+def test_a_run_that_is_not_done_is_noted(runs, tmp_path):
+    early = fedsim.run(BASE, changes=("rounds=13",), root=tmp_path).path
+    for path, expected in ((runs[0], 0), (early, 1)):
+        told = [note for note in certify(path, runs[1], shadows=0).limits if "its strategy would have gone on" in note]
+        assert len(told) == expected
+    assert told[0].startswith("The run is measured after 13 rounds")
 
 
 def test_clients_own_test_parts_serve_where_there_is_no_common_test_set():
@@ -177,6 +226,9 @@ def test_a_backdoor(tmp_path):
     clean = fedsim.run(
         base, changes=("name=clean", "split.poisoned=false", "strategy.forgetting=0", "rounds=10"), root=tmp_path
     )
+    other = ("split.poisoned=false", "strategy.training=1", "strategy.forgetting=0", "split.validation=0.5")
+    with pytest.raises(ConfigError, match="against: its split is .*, with poisoned = false"):
+        certify(gone.path, fedsim.run(base, changes=other, root=tmp_path).path)
     found = certify(gone.path, clean.path, shadows=0)
     assert found.models["before"]["attack_success"] > 0.8 > 0.2 > found.models["retrained"]["attack_success"]
     assert found.models["after"]["attack_success"] < found.models["before"]["attack_success"]

@@ -11,6 +11,7 @@ from fedsim import tree
 from fedsim.data.federation import Federation
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.layers import chain, hidden_outputs
+from fedsim.method import averages
 from fedsim.model import Model
 from fedsim.networks import seeded
 from fedsim.task import Cohort, Task
@@ -114,6 +115,7 @@ def test_the_sums_are_those_of_hooks_over_what_is_left_of_the_examples(build, hi
             expected[name][y] += active
     assert replies.update["examples"].tolist() == examples.tolist()
     assert replies.update["forgotten"].tolist() == forgotten.tolist()
+    assert averages(replies)["forgotten"] == pytest.approx(forgotten.sum() / examples.sum())
     assert list(replies.update["sums"]) == list(expected)
     for name, sums in expected.items():
         np.testing.assert_allclose(replies.update["sums"][name], sums, rtol=1e-10, atol=1e-12)

@@ -7,6 +7,7 @@ from clients.weigh import Weigh
 from fedsim import tree
 from fedsim.engines.local import Sequential, Vectorised
 from fedsim.forgetting import Evidence, at_hand, importance
+from fedsim.method import averages
 from fedsim.task import Cohort, Task
 from fedsim.testing import check_client
 
@@ -73,8 +74,10 @@ def test_two_numbers_for_each_parameter_and_two_counts_go_up_from_each_client(fo
     replies = weighed(federation, model, reduce="stack")
     parameters = sum(leaf.numel() for leaf in model.params.values())
     assert sum(leaf[0].numel() for leaf in tree.flatten(replies.update).values()) == 2 * parameters + 2
-    assert replies.traffic.up == 5 * (8 * (2 * parameters + 2) + 4)  # float64; and the weight
-    assert not replies.metrics and replies.weight.tolist() == [20, 13, 6, 0, 9]
+    assert replies.traffic.up == 5 * (8 * (2 * parameters + 2) + 4 + 8)  # float64; the weight, and the metric
+    assert replies.weight.tolist() == [20, 13, 6, 0, 9]
+    named = float((federation.columns["target"] == 1).sum())
+    assert averages(replies)["forgotten"] == pytest.approx(named / 48), "by which a report and a cost know the round"
 
 
 def test_it_keeps_the_promises_of_a_client(forgetful):

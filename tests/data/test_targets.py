@@ -288,6 +288,13 @@ def test_an_experiment_declares_requests_and_the_strategy_learns_how_many_there_
     assert made.strategy.gone_with == (1, 3, 3)
 
 
+def test_which_class_is_gone_is_said_of_those_that_the_model_tells_apart():
+    data = {"use": "fedsim.data.datasets:group_shift", "examples": 200, "test": 0}
+    tables = TABLES | {"data": data, "model": TABLES["model"] | {"target": "a"}}
+    made = assemble(read(tables, ["split.requests=[{ where = { a = 1 } }]"])[0])
+    assert made.strategy.gone_with == (2, 1), "of y some are kept in both"
+
+
 @pytest.mark.parametrize(
     ("requests", "complaint"),
     [

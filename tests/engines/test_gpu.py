@@ -1,11 +1,17 @@
 """On a GPU: the same batches and draws as on the CPU, memory within bounds, blocks as large as fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from clients.activations import MeasureActivations
+from clients.forget import ForgetWhileTraining
+from clients.forget_alone import ForgetAlone
 from clients.scaffold import ControlledSgd
 from clients.sgd import Sgd
+from clients.weigh import Weigh
 from fedsim import Cohort, Sequential, Task, Vectorised, begin, rounds, tree
 from fedsim.data.dataset import Dataset
 from fedsim.data.federation import divide
@@ -13,6 +19,7 @@ from fedsim.data.partition import iid
 from fedsim.engines.device import confine, find, free, peak
 from fedsim.engines.local import auto
 from fedsim.evaluation import Evaluate
+from fedsim.forgetting import at_hand
 from fedsim.model import Model
 from fedsim.personal import Personal
 from fedsim.sampling import uniform
@@ -51,6 +58,26 @@ def test_a_gpu_gives_what_the_cpu_gives(classification, make, reduce):
     for name, leaf in here.items():
         assert there[name].device == torch.device("cpu")
         torch.testing.assert_close(there[name], leaf, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Sequential, Vectorised])
+@pytest.mark.parametrize("client", [ForgetWhileTraining, ForgetAlone, Weigh, MeasureActivations])
+def test_a_gpu_forgets_what_the_cpu_forgets(classification, make, client):
+    model, federation = classification(SIZES)
+    labels = federation.columns["y"]
+    federation = replace(federation, columns=federation.columns | {"target": (labels == 0).long()})
+    classes = model.predict(model.params, {"x": federation.columns["x"][:1]}).shape[1]
+    settings = {} if client in (Weigh, MeasureActivations) else {"lr": 0.1, "batch_size": 4, "memory": "mix"}
+    shared = {"params": model.params, "before": model.params} | at_hand(1, 0)
+    task = Task("forget", shared | {"gone": torch.arange(classes) == 0}, round=1, reduce="mean")
+    found = []
+    for device in ("cpu", "cuda"):
+        engine = make(federation, {"forget": client(model=model, **settings)}, 1, device=device)
+        replies = engine.execute(task, Cohort(range(8)))
+        assert not replies.failed
+        found.append(tree.flatten(replies.update))
+    for name, leaf in found[0].items():
+        torch.testing.assert_close(found[1][name], leaf, rtol=1e-4, atol=1e-5)
 
 
 def images(clients, each):

@@ -269,7 +269,7 @@ def test_what_travels_alone_is_one_model_for_each_client_and_round_and_two_to_we
     assert [step.traffic.up for step in steps] == [number * (size + 3 * 8) for number in (N, 2, 2)]  # weight, 2 metrics
     clients = clients_for(model, ForgetAlone, lr=0.01, strength=2.0)
     steps, engine = play(Forget(N, forgetting=2, alone=True, remember="importance"), setting, clients)
-    assert steps[0].traffic.up == N * (2 * size + 2 * 8 + 4)  # sums, counts, weight
+    assert steps[0].traffic.up == N * (2 * size + 2 * 8 + 4 + 8)  # sums, counts, weight, metric
     assert [step.traffic.up for step in steps[1:]] == [number * (size + 3 * 8) for number in (N, 2)]
     assert [step.traffic.down for step in steps[1:]] == [number * (3 * size + small) for number in (N, 2)]
     assert all(task.shared.keys() <= {"params", "before", "omega", "request", "deleted"} for task, *_ in engine.heard)
@@ -328,6 +328,7 @@ def test_clients_that_do_not_tell_their_accuracy_cannot_say_when_to_stop(setting
 # Engines, loops, promises.
 
 SETTINGS = {"num_targets": 3, "training": 1, "forgetting": 2, "repairing": 1, "remember": "importance"}
+SETTINGS |= {"gone_with": (2, 3, 1)}
 
 
 @pytest.mark.parametrize("kind", [ForgetWhileTraining, ForgetAlone])

@@ -150,7 +150,7 @@ def test_a_share_of_zero_is_federated_averaging_on_what_is_kept(build):
     clients = clients_of(model)
     strategy = Pruning(model, N, share=0.0, training=3, repairing=2)
     steps = play(strategy, Sequential(fed, clients, 3), clients, model)
-    assert len(steps) == 6 and steps[3].metrics == {"request": 1, "pruned": 0}
+    assert len(steps) == 6 and steps[3].metrics.items() >= {"request": 1, "pruned": 0}.items()
     averaged = play(FedAvg(), Sequential(fed, clients, 3), clients, model, number=3)[-1].snapshot.state["params"]
     for step in steps[2:4]:
         assert all(torch.equal(leaf, step.snapshot.state["params"][name]) for name, leaf in averaged.items())
