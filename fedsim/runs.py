@@ -57,6 +57,20 @@ class Run:
             raise FileNotFoundError(f"{path} is not a run: it holds no experiment.toml")
         return cls(path)
 
+    @classmethod
+    def latest(cls, path: Path, seed: int | None = None) -> "Run":
+        """The run in a directory, or in a folder of runs the one that began last, with this seed if one is given."""
+        if (path / "experiment.toml").is_file():
+            return cls(path)
+        # They are called date-time-seed, and a number where several began in one second.
+        number = r"\d+" if seed is None else str(seed)
+        name = rf"\d+-\d+-{number}(-\d+)?"
+        some = [run for run in path.glob("*/") if re.fullmatch(name, run.name) and (run / "experiment.toml").is_file()]
+        if not some:
+            one = "one" if seed is None else f"one with the seed {seed}"
+            raise FileNotFoundError(f"{path} is no run, nor does it hold {one}")
+        return cls(max(some, key=lambda run: [int(part) for part in run.name.split("-")]))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process may do the same; where the system has no such locks, nothing is locked.
@@ -213,14 +227,7 @@ def last_checkpoint(path: Path, seed: int = 0) -> Path:
     """The checkpoint of which `trained` gives the model; raises FileNotFoundError as it does."""
     if path.is_file():
         return path
-    if (path / "experiment.toml").is_file():
-        runs = [path]
-    else:  # they are called date-time-seed, and a number where several began in one second
-        some = (run for run in path.glob("*/") if re.fullmatch(rf"\d+-\d+-{seed}(-\d+)?", run.name))
-        runs = sorted(some, key=lambda run: [int(part) for part in run.name.split("-")])
-    if not runs:
-        raise FileNotFoundError(f"{path} is no run, nor does it hold one with the seed {seed}")
-    found = Run.open(runs[-1]).checkpoints()
-    if not found:
-        raise FileNotFoundError(f"{runs[-1]} has no checkpoint to take a model from")
+    run = Run.latest(path, seed)
+    if not (found := run.checkpoints()):
+        raise FileNotFoundError(f"{run.path} has no checkpoint to take a model from")
     return found[-1]

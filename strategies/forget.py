@@ -63,6 +63,7 @@ class Forget(Strategy):
         remember: what clients that forget are sent besides the model: "model", the one before; "importance", that and
             Omega.
         seed: of the run.
+        served: how many requests the model that it begins from has been through: their examples are never touched.
         gone_with: for each class the request with which the last of it goes (`fedsim.forgetting.requests:gone_with`).
     """
 
@@ -77,11 +78,17 @@ class Forget(Strategy):
     until: Probability | None = None
     remember: Literal["nothing", "model", "importance"] = "nothing"
     seed: Natural = 0
+    served: Natural = 0
     gone_with: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.training, self.from_run, self.num_targets)
+        if self.served and (self.training or self.served >= self.num_targets - 1):
+            raise ValueError(
+                f"served = {self.served}: must be below the number of requests, {self.num_targets - 1}, and training 0"
+                f", not {self.training}: it is of a model that has forgotten already, as by from_run"
+            )
         if not self.plan:
             raise ValueError("training, forgetting and repairing are all 0: no round would do anything")
 
@@ -94,7 +101,7 @@ class Forget(Strategy):
             asked = (Phase("weigh", weigh, request, deleted), Phase("forget", self.forgetting, request, deleted))
             return (*asked, Phase("repair", self.repairing, request, request))
 
-        return planned(self.training, self.num_targets, self.together, serve)
+        return planned(self.training, self.num_targets, self.together, serve, self.served)
 
     @property
     def actions(self) -> tuple[str, ...]:

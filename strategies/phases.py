@@ -22,7 +22,7 @@ class Phase(NamedTuple):
 
 
 def planned(
-    training: int, num_targets: int, together: bool, serve: Callable[[int, int], Sequence[Phase]]
+    training: int, num_targets: int, together: bool, serve: Callable[[int, int], Sequence[Phase]], served: int = 0
 ) -> list[Phase]:
     """Training, then what `serve` gives for the "request" and "deleted" of each request; phases of no rounds left out.
 
@@ -31,9 +31,10 @@ def planned(
         num_targets: one more than there are requests.
         together: all are dealt with as one.
         serve: the phases of one request.
+        served: how many requests have been dealt with before.
     """
     last = num_targets - 1
-    steps = [(last, 0)] if together else [(request, request - 1) for request in range(1, last + 1)]
+    steps = [(last, served)] if together else [(request, request - 1) for request in range(served + 1, last + 1)]
     phases = [Phase("train", training), *(phase for step in steps for phase in serve(*step))]
     return [phase for phase in phases if phase.rounds]
 

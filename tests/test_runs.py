@@ -449,6 +449,7 @@ def test_of_a_folder_of_runs_the_latest_with_this_seed_counts(tmp_path):
         *("20250102-000000-1-2", "20990101-000000-21", "20990101-000000-1-x", "x20990101-000000-1", "20990101-1"),
     )
     assert [fill(trained(tmp_path, seed)) for seed in (1, 2, 12)] == [3, 2, 4]
+    assert Run.latest(tmp_path).path.name == "20990101-000000-21" and Run.latest(tmp_path, 2).path.name.endswith("-2")
     for seed in (0, 3):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path} is no run, nor does it hold one with the seed {seed}"):
             trained(tmp_path, seed)

@@ -78,9 +78,10 @@ def certify(
     """Measures the last model of a run that forgot, writes certificate.json there, and the report anew.
 
     Args:
-        run: its directory.
+        run: its directory, or a folder of runs: of these, the latest.
         against: the directory of a run of the same data, partition, model and seed without what was to be forgotten:
-            with `split.leave_out` at the number of requests, or `split.poisoned = false`.
+            with `split.leave_out` at the number of requests, or `split.poisoned = false`; or a folder of runs: of
+            these, the latest with the seed.
         shadows: models, an even number, 4 or more, that the attack by likelihood ratio trains; 0: without it.
         plain_rounds: rounds of clients.repair after which it is looked at again; 0, or no such client: never.
         most: of the examples to be forgotten, how many the attacks are made on.
@@ -92,8 +93,10 @@ def certify(
     """
     if shadows % 2 or 0 < shadows < 4:
         raise ConfigError(f"shadows must be 0, or an even number of at least 4, got {shadows}")
-    directory, other = Run.open(Path(run)), Run.open(Path(against))
-    asked, held_against = (resolve(*read(one.path / "experiment.toml")) for one in (directory, other))
+    directory = Run.latest(Path(run))
+    asked = resolve(*read(directory.path / "experiment.toml"))
+    other = Run.latest(Path(against), asked.seed)
+    held_against = resolve(*read(other.path / "experiment.toml"))
     _compare(asked, held_against)
     with threads(asked.threads):
         assembly = assemble(asked)

@@ -118,6 +118,11 @@ def test_the_plain_rounds_are_those_that_the_run_would_have_had(runs, tmp_path, 
     assert "relapsed" not in found.models and "relapse" in found.limits[0]
 
 
+def test_of_folders_of_runs_the_latest_counts(runs):
+    found = certify(runs[0].parent, runs[1].parent, shadows=0, plain_rounds=0)
+    assert found == certify(*runs, shadows=0, plain_rounds=0) and found.against == str(runs[1])
+
+
 def test_it_says_the_same_twice_and_stands_in_the_report(runs):
     one, two = (certify(*runs, shadows=4, most=60) for _ in range(2))
     assert one == two
@@ -255,7 +260,7 @@ def test_what_else_is_refused(runs, tmp_path):
         certify(*runs, shadows=3)
     with pytest.raises(ValueError, match="plain_rounds must be >= 0"):
         certify(*runs, plain_rounds=-1)
-    with pytest.raises(FileNotFoundError, match="is not a run"):
+    with pytest.raises(FileNotFoundError, match="is no run, nor does it hold one"):
         certify(tmp_path, runs[1])
     plain = {"split": {"use": "divide"}, "strategy": {"use": "fedavg"}, "rounds": 1, "clients": {"train": SGD}}
     path = fedsim.run(BASE | plain, root=tmp_path).path

@@ -22,6 +22,22 @@ def test_requests_are_planned_one_by_one_or_together_and_phases_without_rounds_a
     assert planned(5, 3, True, serve) == [Phase("train", 5), Phase("forget", 2, 2, 0)]
 
 
+def test_requests_that_have_been_served_before_are_over():
+    assert planned(0, 4, False, serve, served=1) == [Phase("forget", 2, 2, 1), Phase("forget", 2, 3, 2)]
+    assert planned(0, 4, True, serve, served=1) == [Phase("forget", 2, 3, 1)]
+    assert Forget(3, 3, served=1).plan == [Phase("forget", 5, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [({"served": 2}, 2), ({"served": 1, "training": 1}, 2), ({"served": 1, "num_targets": 2}, 1)],
+)
+def test_what_cannot_have_been_served_is_refused(settings, number):
+    told = f"served = {settings['served']}: must be below the number of requests, {number}, and training 0"
+    with pytest.raises(ValueError, match=told):
+        Forget(3, **({"num_targets": 3} | settings))
+
+
 @pytest.mark.parametrize("strategy", [Forget(3, training=2), Pruning(MODEL, 3, training=2)])
 def test_a_loop_that_goes_on_after_the_last_phase_asks_nobody(strategy):
     state = strategy.init(MODEL.params) | {"phase": torch.tensor(len(strategy.plan))}
