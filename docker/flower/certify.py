@@ -94,6 +94,8 @@ def node() -> bytes:
 def superlink(folder: Path, hosts: list[str]) -> dict[str, bytes]:
     """A key for the SuperLink, and the certificate of the authority in this folder that it is at these hosts."""
     signing, key = load((folder / KEY).read_bytes(), None), ec.generate_private_key(ec.SECP256R1())
+    if not isinstance(signing, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{folder / KEY} is a {type(signing).__name__}, must be the key that was made here")
     certificate = (
         begun("superlink", key.public_key(), signing.public_key())
         .add_extension(x509.SubjectAlternativeName([named(host) for host in hosts]), critical=False)
@@ -163,10 +165,14 @@ def certify(folder: Path, nodes: int, hosts: list[str]) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Makes the certificates and keys of a federation; keeps what is there.")
+    parser = argparse.ArgumentParser(
+        description="Makes the certificates and keys of a federation; keeps what is there."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, required=True, help="how many nodes have a key")
-    parser.add_argument("--hosts", nargs="*", default=[], help="more names and addresses at which nodes reach the SuperLink")
+    parser.add_argument(
+        "--hosts", nargs="*", default=[], help="more names and addresses at which nodes reach the SuperLink"
+    )
     asked = parser.parse_args()
     try:
         certify(asked.folder, asked.nodes, asked.hosts)

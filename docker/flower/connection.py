@@ -25,7 +25,9 @@ def flwr(*words: str | Path, check: Sequence[int] = (0,)) -> str:
     Raises:
         RuntimeError: it did not end well; holds what it said.
     """
-    done = subprocess.run(["flwr", *map(str, words)], capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
+    done = subprocess.run(
+        ["flwr", *map(str, words)], capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}
+    )
     if done.returncode not in check:
         raise RuntimeError(f"flwr {words[0]} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -7,14 +7,17 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import tomli_w
 from connection import connect, flwr
 
-from fedsim.config import ConfigError, bundled, read, resolve, variants
+from fedsim.apps import source
+from fedsim.config import ConfigError, bundled, locate, read, resolve, variants
 
 APP = Path(__file__).parent / "app"
 RUNS = "/home/fedsim/runs"  # in the SuperLink's container, where the server's side of a run is
@@ -33,51 +36,52 @@ def asked(words: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an argument of `fedsim run` that has no meaning here.
     """
-    words = words[1:] if words[:1] == ["run"] else words
+    words = [word for place, word in enumerate(words) if place > 1 or word != "run"]  # as for `fedsim`
     for word in words:
         if reason := REFUSED.get(word.partition("=")[0]):
             raise ConfigError(f"{word}: {reason}")
     parser = argparse.ArgumentParser(prog="run", description="Runs an experiment on Flower's nodes.")
     parser.add_argument("--insecure", action="store_true", help="the SuperLink speaks without TLS")
-    parser.add_argument("experiment", help="the name of a bundled experiment")
+    parser.add_argument("experiment", help="the name of a bundled experiment, or a TOML file")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="one run for each of these seeds")
     return parser.parse_args(words)
 
 
-def plan(experiment: str, changes: list[str], seeds: list[int]) -> list[list[str]]:
-    """The changes that make each run.
+def plan(experiment: str, changes: list[str], seeds: list[int]) -> tuple[str, list[list[str]]]:
+    """What the nodes are told to run, which is a file's content where they lack the file, and the changes of each run.
 
     Raises:
-        ConfigError: one of them is wrong, or the nodes could not do it.
+        ConfigError: something is wrong with it, or the nodes could not do it.
     """
-    if experiment not in bundled():
-        raise ConfigError(f"{experiment} is no bundled experiment (`fedsim list` shows those), so the nodes lack it")
-    runs = [
-        [*variant, *seed] for variant in variants(experiment, changes) for seed in [[f"seed={n}"] for n in seeds] or [[]]
-    ]
+    found = variants(experiment, changes)
+    name = experiment if experiment in bundled() else locate(experiment).read_text(encoding="utf-8")
+    runs = [[*variant, *seed] for variant in found for seed in [[f"seed={number}"] for number in seeds] or [[]]]
     for change in (change for run in runs for change in run):
         if ";" in change:
             raise ConfigError(f"--set {change}: a semicolon separates changes on their way to the nodes")
     for run in runs:
-        resolve(*read(experiment, run))
-    return runs
+        resolve(*read(source(name), run))
+    return name, runs
 
 
-def follow(experiment: str, changes: list[str]) -> bool:
+def follow(name: str, changes: list[str]) -> bool:
     """Starts a run, shows its log, and says whether it came to a good end."""
-    config = {"experiment": experiment, "set": "; ".join(changes), "out": RUNS}
-    words = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-    started = json.loads(flwr("run", APP, "--run-config", words, "--format", "json"))["run-id"]
+    config = Path(os.environ["FLWR_HOME"], "run.toml")  # on the command line, Flower takes no quotes within a value
+    config.write_text(tomli_w.dumps({"experiment": name, "set": "; ".join(changes), "out": RUNS}))
+    started = json.loads(flwr("run", APP, "--run-config", config, "--format", "json"))["run-id"]
+    status = ""
     try:
-        subprocess.run(["flwr", "log", started, "--stream"], check=False)
-        (run,) = json.loads(flwr("list", "--run-id", started, "--format", "json"))["runs"]
+        while not status.startswith("finished"):  # a log may break off
+            subprocess.run(["flwr", "log", started, "--stream"], check=False)
+            (run,) = json.loads(flwr("list", "--run-id", started, "--format", "json"))["runs"]
+            status = run["status"]
     except KeyboardInterrupt:
         flwr("stop", started)
         raise
-    if run["status"] != "finished:completed":
-        print(f"The run failed: Flower calls it {run['status']}", file=sys.stderr)
-    return bool(run["status"] == "finished:completed")
+    if status != "finished:completed":
+        print(f"The run failed: Flower calls it {status}", file=sys.stderr)
+    return status == "finished:completed"
 
 
 def main() -> int:
@@ -85,9 +89,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` is an interruption, too
     try:
         words = asked(sys.argv[1:])
-        runs = plan(words.experiment, words.changes, words.seeds)
+        name, runs = plan(words.experiment, words.changes, words.seeds)
         connect(words.insecure)
-        return 0 if all([follow(words.experiment, changes) for changes in runs]) else 1
+        return 0 if all([follow(name, changes) for changes in runs]) else 1
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

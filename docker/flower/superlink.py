@@ -1,9 +1,9 @@
 """Flower's SuperLink, of which other containers and machines reach only what nodes need.
 
-It takes the arguments of flower-superlink. That serves three APIs at one port. The Fleet API knows a node by its key; the
-Control API, which registers nodes and starts runs, and the Runtime API, which hands out the work, ask nobody who he is:
-whoever reached them would run what he likes on all nodes. So they answer only to programs of this container, and of one
-that shares its network, as the runner does.
+It takes the arguments of flower-superlink. That serves three APIs at one port. The Fleet API knows a node by its key.
+The Control API, which registers nodes and starts runs, and the Runtime API, which hands out the work, ask nobody who he
+is: whoever reached them would run what he likes on all nodes. So they answer only to programs of this container, and of
+one that shares its network, as the runner does.
 """
 
 from typing import Any
