@@ -45,7 +45,7 @@ DEMO := docker compose --project-name fedsim-demo --file docker/compose.ray.yaml
 docker-demo: docker-build ## trains on a Ray cluster of containers, and brings the run back to runs/
 	@trap '$(DEMO) down --volumes --remove-orphans --timeout 0 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	unset FEDSIM_IMAGE FEDSIM_RUNS; $(DEMO) run --rm -T driver && mkdir -p runs && \
-	$(DEMO) run --rm -T --no-deps --entrypoint tar driver -C runs -c . | tar -C runs -x --no-same-owner && \
+	$(DEMO) run --rm -T --no-deps --entrypoint tar driver -C runs -c . | tar -C runs -x --no-same-owner --no-same-permissions && \
 	echo "The run is in runs/ of this folder, and nothing of it is left in Docker but the image."
 
 FLOWER := docker compose --project-name fedsim-flower-demo --file docker/compose.flower.yaml
@@ -55,7 +55,7 @@ docker-flower: docker-build ## trains on three nodes of Flower in containers, ov
 	unset FEDSIM_IMAGE FEDSIM_RUNS FEDSIM_KEYS NODES; export FEDSIM_USER=$$(id -u); \
 	if [ "$$FEDSIM_USER" = 0 ]; then export FEDSIM_USER=1000; chown 1000 docker/keys; fi; \
 	$(FLOWER) run --rm -T certify && $(FLOWER) run --rm -T runner && mkdir -p runs && \
-	$(FLOWER) run --rm -T --no-deps --entrypoint tar runner -C runs -c . | tar -C runs -x --no-same-owner && \
+	$(FLOWER) run --rm -T --no-deps --entrypoint tar runner -C runs -c . | tar -C runs -x --no-same-owner --no-same-permissions && \
 	echo "The run is in runs/ of this folder. The keys stay in docker/keys, and nothing else but the image in Docker."
 
 docker-engine:

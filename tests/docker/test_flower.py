@@ -1,4 +1,4 @@
-"""A Flower federation of containers: the numbers of one process, over TLS, with nodes that are known, and few rights."""
+"""A Flower federation of containers: the numbers of one process, over TLS, with nodes that are known and few rights."""
 
 import json
 import os
