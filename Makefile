@@ -17,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench docker-build docker-demo docker-engine format lock clean
+.PHONY: help demo test check bench docker-build docker-demo docker-flower docker-engine format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,8 +45,18 @@ DEMO := docker compose --project-name fedsim-demo --file docker/compose.ray.yaml
 docker-demo: docker-build ## trains on a Ray cluster of containers, and brings the run back to runs/
 	@trap '$(DEMO) down --volumes --remove-orphans --timeout 0 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	unset FEDSIM_IMAGE FEDSIM_RUNS; $(DEMO) run --rm -T driver && mkdir -p runs && \
-	$(DEMO) run --rm -T --no-deps --entrypoint tar driver -C runs -c . | tar -C runs -x --no-same-owner && \
+	$(DEMO) run --rm -T --no-deps --entrypoint tar driver -C runs -c . | tar -C runs -x --no-same-owner --no-same-permissions && \
 	echo "The run is in runs/ of this folder, and nothing of it is left in Docker but the image."
+
+FLOWER := docker compose --project-name fedsim-flower-demo --file docker/compose.flower.yaml
+
+docker-flower: docker-build ## trains on three nodes of Flower in containers, over TLS, and brings the run back to runs/
+	@trap '$(FLOWER) down --volumes --remove-orphans --timeout 0 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
+	unset FEDSIM_IMAGE FEDSIM_RUNS FEDSIM_KEYS NODES; export FEDSIM_USER=$$(id -u); \
+	if [ "$$FEDSIM_USER" = 0 ]; then export FEDSIM_USER=1000; chown 1000 docker/keys; fi; \
+	$(FLOWER) run --rm -T certify && $(FLOWER) run --rm -T runner && mkdir -p runs && \
+	$(FLOWER) run --rm -T --no-deps --entrypoint tar runner -C runs -c . | tar -C runs -x --no-same-owner --no-same-permissions && \
+	echo "The run is in runs/ of this folder. The keys stay in docker/keys, and nothing else but the image in Docker."
 
 docker-engine:
 	@command -v docker >/dev/null || { echo "This needs Docker, and there is no command docker here." >&2; exit 1; }

@@ -5,7 +5,7 @@
 The loop is the ordinary one, in the ServerApp; it leaves an ordinary run directory. The run's configuration is in
 [tool.flwr.app.config] of pyproject.toml:
 
-    experiment   a TOML file, or the name of a bundled experiment
+    experiment   a TOML file, which all nodes must have, the name of a bundled experiment, or what a TOML file holds
     set          changes of keys, separated by semicolons
     out          the folder under which the run's directory is made
     wait         how long to wait for the nodes in the beginning, in seconds
@@ -13,8 +13,10 @@ The loop is the ordinary one, in the ServerApp; it leaves an ordinary run direct
 """
 
 import logging
+import tomllib
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self
 
 import torch
 from flwr.app import ConfigRecord, Context
@@ -52,6 +54,16 @@ def asked(context: Context) -> tuple[str, tuple[str, ...]]:
     return name, tuple(part.strip() for part in changes.split(";") if part.strip())
 
 
+def source(name: str) -> str | Mapping[str, Any]:
+    """What `read` is given: where there are several lines they are the experiment, else they name it."""
+    if "\n" not in name:
+        return name
+    try:
+        return tomllib.loads(name)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"run config: experiment is not TOML: {error}") from None
+
+
 def seconds(context: Context, key: str) -> float:
     """A number of seconds in the run's configuration."""
     value = context.run_config.get(key)
@@ -70,7 +82,7 @@ def main(grid: Grid, context: Context) -> None:
     out = str(context.run_config.get("out", "runs"))
     wait, timeout = seconds(context, "wait"), seconds(context, "timeout")
     result = run(
-        name,
+        source(name),
         changes=changes,
         root=out,
         display=Logged,
@@ -83,7 +95,7 @@ def main(grid: Grid, context: Context) -> None:
 @lru_cache(maxsize=1)
 def site(name: str, changes: tuple[str, ...]) -> Site:
     """What a node needs for this experiment; a process makes it once."""
-    experiment, folder = read(name, changes)
+    experiment, folder = read(source(name), changes)
     experiment = resolve(experiment, folder)
     torch.set_num_threads(experiment.threads)
     supplies = supply(experiment, folder)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RAY, GPU = (str(ROOT / "docker" / name) for name in ("compose.ray.yaml", "compose.gpu.yaml"))
-OURS = ("FEDSIM_IMAGE", "FEDSIM_DATA", "FEDSIM_RUNS", "EXPERIMENT", "WORKERS", "ENGINE_WORKERS")
+PLACES = ("ray", "gpu", "flower", "flower.insecure", "flower.open")
+RAY, GPU, FLOWER, INSECURE, OPEN = (str(ROOT / "docker" / f"compose.{name}.yaml") for name in PLACES)
+OURS = re.compile("FEDSIM_|COMPOSE_|EXPERIMENT|(ENGINE_)?WORKERS|NODES|HOSTS|PUBLISH|PORT|PULL_POLICY")
 
 
 def call(*command: str, env: dict[str, str] | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
     """What a command of docker's says."""
-    clean = {name: value for name, value in os.environ.items() if name not in OURS and not name.startswith("COMPOSE_")}
+    clean = {name: value for name, value in os.environ.items() if not OURS.match(name)}
     done = subprocess.run(["docker", *command], capture_output=True, text=True, env=clean | (env or {}), timeout=1500)
     assert done.returncode == 0 or not check, f"docker {shlex.join(command)}:\n{done.stdout}\n{done.stderr}"
     return done
@@ -40,10 +42,13 @@ class Project:
     name: str
     image: str
     settings: dict[str, str]
+    files: tuple[str, ...] = (RAY,)
+    service: str = "driver"  # that which runs an experiment
 
     def compose(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         settings = self.settings | {"FEDSIM_IMAGE": self.image}
-        return call("compose", "--project-name", self.name, "--file", RAY, *arguments, env=settings, check=check)
+        named = [word for file in self.files for word in ("--file", file)]
+        return call("compose", "--project-name", self.name, *named, *arguments, env=settings, check=check)
 
     @property
     def driver(self) -> str:
@@ -52,7 +57,7 @@ class Project:
 
     def begin(self) -> None:
         """Starts the cluster, and the driver, and does not wait for its end."""
-        self.compose("run", "--detach", "--name", self.driver, "driver")
+        self.compose("run", "--detach", "--name", self.driver, self.service)
 
     def await_round(self, number: int) -> None:
         """Until the driver has written so many rounds down, all of which it must have before it, too."""

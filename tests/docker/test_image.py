@@ -147,14 +147,17 @@ def test_neither_its_history_nor_its_environment_gives_anything_away(config, bas
 
 
 def test_nor_do_the_files_that_it_is_made_from():
-    names = ["Makefile", ".dockerignore", "docker/Dockerfile", "docker/compose.ray.yaml", "docker/compose.gpu.yaml"]
-    text = "\n".join((ROOT / name).read_text() for name in names)
+    made = [path for path in (ROOT / "docker").rglob("*") if path.suffix in {".yaml", ".py", ".toml"}]
+    assert {path.name for path in made} >= {"compose.ray.yaml", "compose.flower.yaml", "certify.py"}
+    text = "\n".join(
+        path.read_text() for path in (ROOT / "Makefile", ROOT / ".dockerignore", ROOT / "docker/Dockerfile", *made)
+    )
     addresses = set(re.findall(r"://([^/\s]+)", text))
     assert addresses == {"download.pytorch.org"}  # where torch's builds are for everybody
     assert not re.search("# *syntax *=|<<-?['\"]?[A-Z]|--build-context", text)  # what an engine 20.10 does not know
 
 
-def test_what_is_sent_to_the_engine_is_what_a_wheel_is_made_of():
+def test_what_is_sent_to_the_engine_is_what_a_wheel_is_made_of_and_what_starts_flowers_containers():
     kept = {line[2:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!/")}
     packages = {"clients", "experiments", "fedsim", "strategies"}
-    assert kept == packages | {"LICENSE", "README.md", "pyproject.toml", "requirements.lock"}
+    assert kept == packages | {"docker/flower", "LICENSE", "README.md", "pyproject.toml", "requirements.lock"}
