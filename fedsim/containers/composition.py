@@ -15,14 +15,15 @@ from fedsim.report.formats import amount, several
 
 # In a wheel they lie inside of fedsim, in a checkout beside it.
 FOLDERS = (Path(__file__).parents[1] / "docker", Path(__file__).parents[2] / "docker")
+Table = Mapping[str, Any]
 EXPERIMENT = "EXPERIMENT"  # what the files have a variable for, and stands in its place until the words are there
 
 
 class Composition(NamedTuple):
     """A compose file, and what is to be known of it.
 
-    Its variables EXPERIMENT, FEDSIM_IMAGE and WORKERS say what runs, in which image, and how many work; the runs are at
-    RUNS of the service that runs the experiment, in a volume.
+    Its variables EXPERIMENT, FEDSIM_IMAGE and WORKERS, or NODES, say what runs, in which image, and how many work; the
+    runs are at RUNS of the service that runs the experiment, in a volume.
     """
 
     file: str
@@ -30,7 +31,8 @@ class Composition(NamedTuple):
     worker: str  # what the names of those that work begin with
     data: tuple[str, ...]  # the variables for the folder with the data sets
     before: str = ""  # the service that makes certificates and keys in the folder FEDSIM_KEYS of the user FEDSIM_USER
-    nodes: bool = False  # whether no file travels to those that work, who keep what is their own
+    # Whether those that work are nodes: each is a service of its own, numbered from 0 on, and no file travels to it.
+    nodes: bool = False
 
 
 COMPOSITIONS = {
@@ -55,6 +57,7 @@ class Service(NamedTuple):
     memory: int  # bytes that each copy may use; 0: no limit
     command: list[str]
     ports: list[tuple[str, int, str]]  # address and number on this machine, and the protocol
+    entrypoint: tuple[str, ...] = ()
 
 
 def path(composition: Composition) -> Path:
@@ -67,10 +70,10 @@ def path(composition: Composition) -> Path:
 
 def variables(composition: Composition, image: str, workers: int | None, data: Path | None) -> dict[str, str]:
     """The environment in which compose reads its file: what is yours, such as WORKER_MEMORY, and what is launch's."""
-    ours = {"EXPERIMENT", "WORKERS", "FEDSIM_RUNS", *composition.data}
+    ours = {"EXPERIMENT", "WORKERS", "NODES", "FEDSIM_RUNS", *composition.data}
     yours = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_") and name not in ours}
     found = {"EXPERIMENT": EXPERIMENT, "FEDSIM_IMAGE": image, "FEDSIM_USER": str(os.getuid())}
-    found |= {} if workers is None else {"WORKERS": str(workers)}
+    found |= {} if workers is None else dict.fromkeys(("WORKERS", "NODES"), str(workers))
     return yours | found | ({} if data is None else dict.fromkeys(composition.data, str(data)))
 
 
@@ -97,22 +100,49 @@ def _service(name: str, table: Mapping[str, Any]) -> Service:
         int(limits.get("memory", table.get("mem_limit", 0))),
         list(table.get("command") or ()),
         [(port.get("host_ip", ""), int(port["published"]), port.get("protocol", "tcp")) for port in published],
+        tuple(table.get("entrypoint") or ()),
     )
+
+
+def scaled(composition: Composition, parts: list[Service], workers: int | None) -> list[Service]:
+    """The same services with so many nodes, where those that work are nodes; all are like the first of them."""
+    if workers is None or not composition.nodes:
+        return parts
+    first = f"{composition.worker}-0"
+    like = next(part for part in parts if part.name == first)
+
+    def node(number: int) -> Service:
+        words = tuple(word.replace("partition-id=0", f"partition-id={number}") for word in like.entrypoint)
+        return like._replace(name=f"{composition.worker}-{number}", entrypoint=words)
+
+    others = [part for part in parts if not part.name.startswith(composition.worker)]
+    return [*others, *map(node, range(workers))]
+
+
+def changes(composition: Composition, file: Path, before: list[Service], after: list[Service], keys: Path) -> Table:
+    """What makes of a compose file's services others, with more or fewer nodes: tables of an overlay.
+
+    Args:
+        composition: which.
+        file: of compose.
+        before: the services that the file has.
+        after: those that are wanted.
+        keys: the folder with a folder of keys for each node.
+    """
+    there, wanted = ({part.name: part for part in parts} for parts in (before, after))
+    tables: dict[str, Any] = {name: {"profiles": ["unused"]} for name in there.keys() - wanted.keys()}
+    for name in wanted.keys() - there.keys():
+        volume = {"type": "bind", "source": str(keys / name), "target": "/keys", "read_only": True}
+        like = {"file": str(file), "service": f"{composition.worker}-0"}
+        tables[name] = {"extends": like, "entrypoint": wanted[name].entrypoint, "volumes": [volume]}
+    waits = {name: {"condition": "service_healthy", "required": name in wanted} for name in tables}
+    return tables | ({composition.service: {"depends_on": waits}} if waits else {})
 
 
 def told(parts: list[Service], apart: str) -> str:
     """All services but one in words: "1 head and 4 workers"."""
     counted = [several(part.copies, part.name) for part in parts if part.name != apart]
     return " and ".join(filter(None, [", ".join(counted[:-1]), *counted[-1:]]))
-
-
-def check_workers(composition: Composition, parts: list[Service], workers: int | None) -> None:
-    """Raises ConfigError where not as many would work as were asked for."""
-    there = sum(part.copies for part in parts if part.name.startswith(composition.worker))
-    if workers not in (None, there):
-        raise ConfigError(
-            f"--workers {workers}: {composition.file} has {several(there, composition.worker)}, whose number is fixed"
-        )
 
 
 def check_memory(file: Path, parts: list[Service], there: int) -> None:

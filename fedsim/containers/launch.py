@@ -62,14 +62,16 @@ def launch(order: Order, say: Callable[[str], None]) -> Launched:
     memory = engine.check_engine()
     file = compositions.path(composition)
     env = compositions.variables(composition, order.image, order.workers, parcel.data)
-    parts = compositions.services(file, env)
+    there = compositions.services(file, env)
+    parts = compositions.scaled(composition, there, order.workers)
     command = next(part.command for part in parts if part.name == composition.service)
     words = parcel.words(command, EXPERIMENT, () if composition.nodes else ("--out", RUNS))
     _check(order, composition, parcel, parts, memory)
     with _interruptible(), _folder(order.root) as folder:
         name = f"fedsim-launch-{uuid.uuid4().hex[:8]}"
-        more = overlay(parcel, composition.service, folder)
-        project = Project(name, (file, more), composition, env | {"FEDSIM_KEYS": str(folder / "keys")})
+        keys = folder / "keys"
+        more = overlay(parcel, composition.service, compositions.changes(composition, file, there, parts, keys), folder)
+        project = Project(name, (file, more), composition, env | {"FEDSIM_KEYS": str(keys)})
         say(f"starting {compositions.told(parts, composition.service)}: {name}")
         return _carried_out(project, words, parcel, order, folder, say)
 
@@ -90,7 +92,6 @@ def _read(order: Order) -> tuple[Composition, Parcel]:
 
 def _check(order: Order, composition: Composition, parcel: Parcel, parts: list[Service], memory: int) -> None:
     """Raises ConfigError for all that Docker lacks."""
-    compositions.check_workers(composition, parts, order.workers)
     engine.check_image(order.image)
     compositions.check_memory(compositions.path(composition), parts, memory)
     if engine.engine_address().startswith(("unix:", "npipe:")):  # else its ports are another machine's

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fedsim.containers.composition import RUNS, Composition, limits
 from fedsim.containers.docker import DockerError, docker, tried
-from fedsim.containers.parcel import Parcel
+from fedsim.containers.parcel import Parcel, Table
 from fedsim.report.formats import amount
 
 END_SECONDS = 60.0  # that a run may take to end when it is interrupted
@@ -159,8 +159,10 @@ class Project(NamedTuple):
         raise DockerError(f"something of the project {self.name} is left")
 
 
-def overlay(parcel: Parcel, service: str, folder: Path) -> Path:
+def overlay(parcel: Parcel, service: str, changes: Table, folder: Path) -> Path:
     """A compose file, in a folder, that has a service see the parcel, each thing at the path that it has here.
+
+    What else it changes is in `changes`, tables of services.
 
     Sources are copied into the folder: whoever runs in a container may read them, whoever may not here.
     """
@@ -171,7 +173,8 @@ def overlay(parcel: Parcel, service: str, folder: Path) -> Path:
         copy.chmod(0o644)
         volumes.append(_bind(copy, source))
     file = folder / "compose.json"
-    text = json.dumps({"services": {service: {"working_dir": str(Path.cwd()), "volumes": volumes}}})
+    own = {**changes.get(service, {}), "working_dir": str(Path.cwd()), "volumes": volumes}
+    text = json.dumps({"services": {**changes, service: own}})
     file.write_text(text.replace("$", "$$"), encoding="utf-8")  # a $ is a variable's in such a file
     return file
 

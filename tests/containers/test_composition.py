@@ -1,5 +1,6 @@
 """What compose files would start, and whether there is room for it."""
 
+import json
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ import pytest
 
 from fedsim.config import ConfigError
 from fedsim.containers import composition as compositions
-from fedsim.containers.composition import COMPOSITIONS, Service, check_memory, check_ports, check_workers
+from fedsim.containers.composition import COMPOSITIONS, Service, changes, check_memory, check_ports, scaled
 
 RAY = COMPOSITIONS["ray"]
 GB = 10**9
@@ -42,11 +43,38 @@ def test_a_service_without_a_limit_needs_nothing():
     check_memory(compositions.path(RAY), [Service("any", 9, 0, [], [])], 0)
 
 
-def test_so_many_work_as_were_asked_for():
-    check_workers(RAY, PARTS, 4)
-    check_workers(RAY, PARTS, None)
-    with pytest.raises(ConfigError, match=r"--workers 5: compose.ray.yaml has 4 workers"):
-        check_workers(RAY, PARTS, 5)
+def overlaid(tmp_path, number):
+    """The services of Flower's file with so many nodes, as compose reads it with what launch lays over it."""
+    flower, file, keys = COMPOSITIONS["flower"], compositions.path(COMPOSITIONS["flower"]), tmp_path / "keys"
+    env = compositions.variables(flower, "image", number, tmp_path) | {"FEDSIM_KEYS": str(keys)}
+    before = compositions.services(file, env)
+    after = scaled(flower, before, number)
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text(json.dumps({"services": changes(flower, file, before, after, keys)}))
+    command = ["docker", "compose", "--file", str(file), "--file", str(overlay), "config", "--format", "json"]
+    read = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)["services"]
+    return read, after
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_there_are_as_many_nodes_as_asked_for(compose, tmp_path, number):
+    read, after = overlaid(tmp_path, number)
+    names = {f"supernode-{each}" for each in range(number)}
+    assert {name for name in read if name.startswith("supernode")} == names
+    assert {part.name for part in after} == read.keys()
+    waits = read["runner"]["depends_on"]
+    assert {name for name in waits if waits[name]["required"] and name.startswith("supernode")} == names
+    for place, name in enumerate(sorted(names)):
+        assert any(f"partition-id={place} num-partitions={number}" in word for word in read[name]["entrypoint"])
+        sources = {volume["target"]: volume["source"] for volume in read[name]["volumes"]}
+        assert sources == {"/keys": str(tmp_path / "keys" / name), "/data": str(tmp_path)}
+        same = ("image", "command", "user", "read_only", "cap_drop", "networks", "deploy", "healthcheck", "depends_on")
+        assert all(read[name][key] == read["supernode-0"][key] for key in same)
+
+
+def test_workers_of_one_service_are_no_nodes():
+    assert scaled(RAY, PARTS, 5) == PARTS
+    assert changes(RAY, compositions.path(RAY), PARTS, PARTS, compositions.path(RAY)) == {}
 
 
 @pytest.mark.parametrize("address", ["", "0.0.0.0", "127.0.0.1"])
@@ -79,8 +107,6 @@ def test_variables_that_say_what_runs_are_launchs_and_others_are_yours(monkeypat
 @pytest.mark.parametrize("where", COMPOSITIONS)
 def test_compose_reads_a_file_as_launch_does(compose, where):
     chosen = COMPOSITIONS[where]
-    if not any((folder / chosen.file).is_file() for folder in compositions.FOLDERS):
-        pytest.skip(f"there is no {chosen.file} yet")
     parts = compositions.services(compositions.path(chosen), compositions.variables(chosen, "image", None, None))
     (runner,) = (part for part in parts if part.name == chosen.service)
     assert compositions.EXPERIMENT in runner.command

@@ -129,7 +129,7 @@ def test_sources_are_seen_at_their_own_path_and_can_be_read_by_whoever_runs_ther
     own.chmod(0o600)
     (there / "here").mkdir()
     monkeypatch.chdir(there / "here")
-    file = overlay(pack(str(own), (), ()), "driver", folder)
+    file = overlay(pack(str(own), (), ()), "driver", {}, folder)
     driver = json.loads(file.read_text())["services"]["driver"]
     (bound,) = driver["volumes"]
     escaped = str(there).replace("$", "$$")
