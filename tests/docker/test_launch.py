@@ -83,7 +83,7 @@ def command(*arguments):
 
 
 def surroundings(**more):
-    kept = {name: value for name, value in os.environ.items() if name not in OURS or name == "FEDSIM_DATA"}
+    kept = {name: value for name, value in os.environ.items() if not OURS.match(name) or name == "FEDSIM_DATA"}
     return kept | {"PYTHONPATH": str(ROOT)} | more
 
 
