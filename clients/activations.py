@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fedsim.client import Client
-from fedsim.forgetting import remaining
+from fedsim.forgetting import AT_HAND, remaining
 from fedsim.layers import Layer, chain, hidden_outputs
 from fedsim.model import Model
 from fedsim.ranges import Count
@@ -45,6 +45,11 @@ class MeasureActivations(Client):
     def needs(self) -> tuple[str, ...]:
         """What is to be forgotten."""
         return (self.model.inputs, self.model.target, "target")
+
+    @property
+    def expects(self) -> dict[str, str]:
+        """Which request is at hand."""
+        return AT_HAND
 
     @cached_property
     def layers(self) -> list[Layer]:

@@ -96,6 +96,11 @@ class FairSgd(Client):
             kept["recent"] = tree.map(lambda leaf: leaf.new_zeros((self.average - 1, *leaf.shape)), past)
         return kept
 
+    @property
+    def expects(self) -> dict[str, str]:
+        """What the bound on all clients costs."""
+        return {"price": 'set strategy.use = "fedfact"'}
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """Steps 1 to 4, on all examples."""
         mixed = mixture(shared, personal)

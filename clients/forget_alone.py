@@ -34,7 +34,17 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.forgetting import Memory, forbidden, forgetting_losses, memories, pull, remaining
+from fedsim.forgetting import (
+    AT_HAND,
+    NEED_BEFORE,
+    Memory,
+    expected,
+    forbidden,
+    forgetting_losses,
+    memories,
+    pull,
+    remaining,
+)
 from fedsim.model import Model, gradient, mean
 from fedsim.optim import Optimiser, clipped, sgd
 from fedsim.ranges import Count, NonNegative, Positive
@@ -70,6 +80,11 @@ class ForgetAlone(Client):
     def needs(self) -> tuple[str, ...]:
         """What is to be forgotten."""
         return (self.model.inputs, self.model.target, "target")
+
+    @property
+    def expects(self) -> dict[str, str]:
+        """Which request is at hand, and what is needed of the model before."""
+        return AT_HAND | expected(self.memory in NEED_BEFORE, self.strength)
 
     @cached_property
     def optimiser(self) -> Optimiser:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.client import Client
-from fedsim.forgetting import kept
+from fedsim.forgetting import AT_HAND, kept
 from fedsim.task import Batch, Reply
 from fedsim.tree import Tree
 
@@ -43,6 +43,11 @@ class Retained(Client):
     def needs(self) -> tuple[str, ...]:
         """What the other needs, and what is to be forgotten."""
         return (*self.client.needs, "target")
+
+    @property
+    def expects(self) -> dict[str, str]:
+        """What the other expects, and which request is at hand."""
+        return AT_HAND | dict(self.client.expects)
 
     @property
     def stochastic(self) -> bool:

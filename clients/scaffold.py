@@ -39,6 +39,11 @@ class ControlledSgd(Client):
         """c_k, zero at first."""
         return {"control": tree.map(torch.zeros_like, self.model.params)}
 
+    @property
+    def expects(self) -> dict[str, str]:
+        """The server's control variate."""
+        return {"control": 'set strategy.use = "scaffold"'}
+
     def start(self, shared: Tree, personal: Tree, data: Batch) -> Tree:
         """The server's model, the correction c - c_k, and the steps taken."""
         correction = tree.map(torch.sub, shared["control"], personal["control"])

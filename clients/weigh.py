@@ -16,7 +16,7 @@ import torch
 
 from fedsim import tree
 from fedsim.client import Client
-from fedsim.forgetting import empirical_fisher, remaining, together, true_fisher
+from fedsim.forgetting import AT_HAND, empirical_fisher, remaining, together, true_fisher
 from fedsim.model import Model
 from fedsim.ranges import Count
 from fedsim.task import Batch, Reply
@@ -40,6 +40,11 @@ class Weigh(Client):
     def needs(self) -> tuple[str, ...]:
         """What is to be forgotten."""
         return (self.model.inputs, self.model.target, "target")
+
+    @property
+    def expects(self) -> dict[str, str]:
+        """Which request is at hand."""
+        return AT_HAND
 
     def footprint(self, shared: Tree, examples: int) -> int:
         """The sums, and above all the gradients of single examples, and their squares."""

@@ -1,7 +1,7 @@
 """Client: what one does locally, as pure functions that every engine composes in the same way."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,11 @@ class Client(ABC):
     def needs(self) -> tuple[str, ...]:
         """Columns without which it cannot run, of which an experiment is told before it starts."""
         return ()
+
+    @property
+    def expects(self) -> Mapping[str, str]:
+        """What a server must share besides its model -> what to set so that it does; missed before a run starts."""
+        return {}
 
     @property
     def stochastic(self) -> bool:

@@ -47,6 +47,10 @@ class Strategy(flwr.serverapp.strategy.Strategy):
         """What it asks of clients in some later round, besides what it asks in the first; missed before any round."""
         return ()
 
+    def shares(self, action: str) -> tuple[str, ...] | None:
+        """What it shares in an action of a later round; None where that is not told before."""
+        return None
+
     @property
     def overwrites(self) -> bool:
         """Whether `aggregate` writes the next state over the one it is given, for tables too large to be there twice.

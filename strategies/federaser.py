@@ -71,6 +71,10 @@ class FedEraser(Strategy):
         """What follows upon training."""
         return ("calibrate", "repair") if self.repairing else ("calibrate",)
 
+    def shares(self, action: str) -> tuple[str, ...]:
+        """Which request is at hand."""
+        return ("params",) if action == "train" else ("params", "request", "deleted")
+
     def init(self, params: Params) -> Tree:
         """The model, and an empty history."""
         history = (self.training // self.interval, self.num_clients)  # (S, N)

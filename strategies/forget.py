@@ -108,6 +108,13 @@ class Forget(Strategy):
         """What follows upon the first phase."""
         return tuple(dict.fromkeys(action for action, *_ in self.plan))
 
+    def shares(self, action: str) -> tuple[str, ...]:
+        """Which request is at hand, and to forget what was before."""
+        if action == "train":
+            return ("params",)
+        past = {"nothing": (), "model": ("before",), "importance": ("before", "omega")}[self.remember]
+        return ("params", "request", "deleted", *(past if action == "forget" else ()))
+
     def init(self, params: Params) -> Tree:
         """The trained model, and where in the plan this is."""
         state = first(params, self.from_run, self.seed)

@@ -100,6 +100,10 @@ class Pruning(Strategy):
         """What follows upon the first phase."""
         return tuple(dict.fromkeys(action for action, *_ in self.plan))
 
+    def shares(self, action: str) -> tuple[str, ...]:
+        """Which request is at hand."""
+        return ("params",) if action == "train" else ("params", "request", "deleted")
+
     def init(self, params: Params) -> Tree:
         """The trained model, of which nothing is pruned; raises ValueError where it is no chain of layers."""
         begin = first(params, self.from_run, self.seed)

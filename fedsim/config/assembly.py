@@ -17,7 +17,7 @@ from fedsim.forgetting import gone_with
 from fedsim.model import Model
 from fedsim.ranking import popularity
 from fedsim.strategy import Strategy
-from fedsim.task import Sampler
+from fedsim.task import Sampler, Task
 
 
 class Assembly(NamedTuple):
@@ -84,20 +84,25 @@ def assemble(experiment: Experiment, folder: Path | None = None) -> Assembly:
         raise ConfigError(f"sample: {recipes['sample'].use} gives {shown(sample)}, it must give a sampler (a function)")
     strategy, sample = adopt(strategy, sample, federation.num_clients, experiment.seed)
     # One of Flower's has a memory, and may be asked once a round only.
-    first = "train" if isinstance(strategy, Foreign) else _first(strategy, model, use)
-    for asked in (first, *strategy.actions):
+    first = Task("train", {"params": {}}) if isinstance(strategy, Foreign) else _first(strategy, model, use)
+    for asked in dict.fromkeys((first.action, *strategy.actions)):
         if asked not in clients:
             raise ConfigError(
                 f"clients.{asked} is missing: {use} asks the clients to {asked}; "
                 f"there are clients.{', clients.'.join(clients)}"
             )
+        shared = first.shared.keys() if asked == first.action else strategy.shares(asked)
+        for name, remedy in clients[asked].expects.items():
+            if shared is not None and name not in shared:
+                told = f"clients.{asked}: {locals_[asked].use} expects {name} of the server"
+                raise ConfigError(f"{told}, and {use}, as it is set, does not share it: {remedy}")
     return Assembly(federation, model, strategy, clients, sample, _made(recipes["engine"], context, Engine))
 
 
-def _first(strategy: Strategy, model: Model, use: str) -> str:
-    """What the clients are asked to do in the first round."""
+def _first(strategy: Strategy, model: Model, use: str) -> Task:
+    """What the clients are asked in the first round."""
     try:
-        return strategy.configure(strategy.init(model.params), 1).action
+        return strategy.configure(strategy.init(model.params), 1)
     except (ValueError, OSError) as error:  # such as a run to begin from that is not there
         raise ConfigError(f"strategy: {use}: {error}") from error
 

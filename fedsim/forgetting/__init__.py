@@ -1,6 +1,15 @@
 """Forgetting: what is to be remembered instead, which parameters the rest hangs on, and whether anything is left."""
 
-from fedsim.forgetting.fisher import Evidence, empirical_fisher, importance, pull, pulled, together, true_fisher
+from fedsim.forgetting.fisher import (
+    Evidence,
+    empirical_fisher,
+    expected,
+    importance,
+    pull,
+    pulled,
+    together,
+    true_fisher,
+)
 from fedsim.forgetting.membership import (
     Apart,
     Shadows,
@@ -22,9 +31,10 @@ from fedsim.forgetting.memory import (
     memories,
     new_memories,
 )
-from fedsim.forgetting.requests import at_hand, gone_with, kept, remaining
+from fedsim.forgetting.requests import AT_HAND, at_hand, gone_with, kept, remaining
 
 __all__ = [
+    "AT_HAND",
     "NEED_BEFORE",
     "Apart",
     "Evidence",
@@ -34,6 +44,7 @@ __all__ = [
     "auc",
     "debiased",
     "empirical_fisher",
+    "expected",
     "forbidden",
     "forgetting_losses",
     "fresh",

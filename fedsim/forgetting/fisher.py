@@ -106,6 +106,13 @@ def importance(retained: Evidence, forgotten: Evidence) -> Params:
     return tree.map(lambda leaf: leaf / mean.clamp(min=1e-30).to(leaf.dtype), ratio)
 
 
+def expected(memory: bool, strength: float) -> dict[str, str]:
+    """What a server must share for old memories, and for a pull -> what to set so that it does."""
+    asked = {"before": 'set strategy.remember = "model"'} if memory else {}
+    whole = 'set strategy.remember = "importance"'
+    return asked | ({"before": whole, "omega": whole} if strength else {})
+
+
 def pull(params: Params, shared: Tree, lr: float, strength: float) -> Params:
     """The parameters pulled back by what the server shares, "before" and "omega"; the same where strength is 0.
 

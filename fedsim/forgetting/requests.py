@@ -14,6 +14,9 @@ from fedsim.data.federation import Federation
 from fedsim.task import Batch
 from fedsim.tree import Tree
 
+_KNOWN = "use a strategy that knows of requests, such as `forget`"
+AT_HAND = {"request": _KNOWN, "deleted": _KNOWN}  # what a client of such a strategy expects
+
 
 def at_hand(request: int, deleted: int) -> Tree:
     """What the server shares besides its model, two numbers."""
@@ -64,5 +67,5 @@ def kept(examples: Batch, shared: Tree) -> Batch:
 def _number(shared: Tree, name: str) -> int:
     value = shared.get(name)
     if not isinstance(value, Tensor):
-        raise ValueError(f"the server does not say {name!r}: use a strategy that knows of requests, such as `forget`")
+        raise ValueError(f"the server does not say {name!r}: {AT_HAND[name]}")
     return int(value)

@@ -287,7 +287,13 @@ def test_a_key_that_a_classifier_does_not_take_is_refused_by_its_full_name(group
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        (["clients.train={use='clients.fedfact:FairSgd', lr=0.1}"], "clients.train: clients.fedfact:FairSgd"),
+        (
+            [
+                "clients.train={use='clients.fedfact:FairSgd', lr=0.1}",
+                "strategy={use='strategies.fedfact:FedFact', num_groups=2}",
+            ],
+            "clients.train: clients.fedfact:FairSgd",
+        ),
         (["strategy={use='strategies.fedfact:FedFact'}"], "strategy: strategies.fedfact:FedFact"),
         (
             ["clients.evaluate={use='evaluate', classifier={use='clients.fedfact_post:Calibrated'}}"],

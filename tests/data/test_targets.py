@@ -319,3 +319,54 @@ def test_without_requests_the_experiment_says_so():
 def test_a_split_that_marks_nothing_is_no_split_to_forget_with():
     with pytest.raises(ConfigError, match="clients.forget: .*ForgetWhileTraining needs a column target"):
         assemble(read(TABLES, ["split={use='fedsim.data.federation:divide'}"])[0])
+
+
+FORGET = "clients.forget={use='clients.forget:ForgetWhileTraining', lr=0.1, "
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            [FORGET + "memory='mix'}"],
+            r"clients.forget: clients.forget:ForgetWhileTraining expects before of the server, and "
+            r'strategies.forget:Forget, as it is set, does not share it: set strategy.remember = "model"',
+        ),
+        (
+            [FORGET + "strength=1.0}", "strategy.remember='model'"],
+            r'expects omega of the server, and .* does not share it: set strategy.remember = "importance"',
+        ),
+        (
+            ["strategy={use='fedavg'}", "clients.train={use='clients.forget:ForgetWhileTraining', lr=0.1}"],
+            r"clients.train: .* expects request of the server, and fedavg, .*: use a strategy that knows of requests",
+        ),
+        (
+            ["strategy={use='fedavg'}", "clients.train={use='scaffold', lr=0.1}"],
+            r'clients.train: scaffold expects control of the server, .*: set strategy.use = "scaffold"',
+        ),
+        (
+            ["strategy={use='flwr.serverapp.strategy:FedAvg'}", "clients.train={use='scaffold', lr=0.1}"],
+            r"clients.train: scaffold expects control of the server, and flwr.serverapp.strategy:FedAvg",
+        ),
+    ],
+)
+def test_what_a_client_expects_of_the_server_is_missed_before_any_training(changes, complaint):
+    asked = ["split.requests=[{ class = 1 }]", "strategy.training=1", *changes]
+    if any("strategy={" in change for change in changes):
+        asked.remove("strategy.training=1")
+    else:
+        asked.append("clients.train={use='sgd', lr=0.1}")
+    with pytest.raises(ConfigError, match=complaint):
+        assemble(read(TABLES, asked)[0])
+
+
+def test_what_is_shared_as_it_is_expected_is_not_missed():
+    remember = ["strategy.remember='importance'", "clients.weigh={use='clients.weigh:Weigh'}"]
+    asked = ["split.requests=[{ class = 1 }]", FORGET + "memory='mix', strength=1.0}", *remember]
+    assert assemble(read(TABLES, asked)[0]).strategy.shares("forget") == (
+        "params",
+        "request",
+        "deleted",
+        "before",
+        "omega",
+    )
