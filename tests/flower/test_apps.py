@@ -15,7 +15,7 @@ def test_what_has_several_lines_is_an_experiment_and_all_else_its_name():
     assert source("fedavg/digits") == "fedavg/digits"
     named, told = read(source("fedavg/digits"), ["rounds=3"]), read(source(TEXT), ["rounds=3"])
     assert named[0] == told[0] and told[0].rounds == 3
-    with pytest.raises(ConfigError, match="experiment is not TOML: .*line 2"):
+    with pytest.raises(ConfigError, match="experiment is not TOML: Invalid value"):
         source("rounds = 3\nname =")
 
 
