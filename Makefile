@@ -52,7 +52,8 @@ FLOWER := docker compose --project-name fedsim-flower-demo --file docker/compose
 
 docker-flower: docker-build ## trains on three nodes of Flower in containers, over TLS, and brings the run back to runs/
 	@trap '$(FLOWER) down --volumes --remove-orphans --timeout 0 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
-	unset FEDSIM_IMAGE FEDSIM_RUNS FEDSIM_KEYS NODES; export FEDSIM_USER=$$(id -u); \
+	unset FEDSIM_IMAGE FEDSIM_RUNS FEDSIM_KEYS NODES; export FEDSIM_USER=$$(id -u) \
+	    EXPERIMENT="$${EXPERIMENT:-fedavg/digits --set rounds=10}"; \
 	if [ "$$FEDSIM_USER" = 0 ]; then export FEDSIM_USER=1000; chown 1000 docker/keys; fi; \
 	$(FLOWER) run --rm -T certify && $(FLOWER) run --rm -T runner && mkdir -p runs && \
 	$(FLOWER) run --rm -T --no-deps --entrypoint tar runner -C runs -c . | tar -C runs -x --no-same-owner --no-same-permissions && \

@@ -126,6 +126,10 @@ def test_nothing_is_added_to_the_base_but_fedsim_and_what_it_needs(image, base):
     assert len(added) > 10_000 and not [path for path in added if not path.startswith(places)]
     assert {path for path in added if path.startswith("/etc/")} <= {f"/etc/{name}" for name in ACCOUNTS}
     assert not [path for path in added if re.search(r"\.whl$|\.a$|/\.cache/|/tests/|pip/|/bin/(ruff|pytest)", path)]
+    folder = ROOT / "docker" / "flower"
+    ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    there = {path.partition("/flower/")[2] for path in added if path.startswith("/opt/fedsim/flower/")}
+    assert there == {path for path in ours if "cache" not in path} >= {"app/pyproject.toml", "certify.py"}
     assert inside(image, "command -v gcc cc make hatchling ruff pytest || true") == ""
 
 
