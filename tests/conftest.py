@@ -1,6 +1,7 @@
 """No test tells the makers of Flower or Ray that it ran; both look at the environment when they are imported."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import nn
 
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+# What runs in the background of a script ignores Ctrl-C, and all that it starts does, too; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' tensors are small: several threads only get into each other's way.
 torch.set_num_threads(1)
