@@ -20,7 +20,7 @@ from fedsim.engines.engine import Engine
 from fedsim.engines.local import Sequential, Vectorised, auto
 from fedsim.evaluation import Classifier, Evaluate
 from fedsim.job import Plan, Result
-from fedsim.launch import resume, run, run_app, simulate, sweep
+from fedsim.launch import load, resume, run, run_app, simulate, sweep
 from fedsim.model import Model, gradient
 from fedsim.simulation import Round, Snapshot, TooFewReplies, begin, rounds
 from fedsim.strategy import Strategy
@@ -64,6 +64,7 @@ __all__ = [
     "divide",
     "flower",
     "gradient",
+    "load",
     "resume",
     "rounds",
     "run",

@@ -19,15 +19,15 @@ from fedsim.engines.local import auto
 from fedsim.environment import environment
 from fedsim.evaluation import Evaluate
 from fedsim.flower import Outcome
+from fedsim.flower import folder as app_folder
 from fedsim.flower import run as run_flower
-from fedsim.flower.folder import changed, load
 from fedsim.flower.guest import FlowerStrategy
 from fedsim.foreign import adopt
 from fedsim.job import DisplayFor, Job, Plan, Result, drive, prepare
 from fedsim.model import Model
 from fedsim.randomness import seeding
 from fedsim.ranges import Count, Natural, check
-from fedsim.runs import Run
+from fedsim.runs import Run, trained
 from fedsim.sampling import everyone
 from fedsim.task import Sampler
 
@@ -94,6 +94,21 @@ def sweep(
     for variant in variants(experiment, changes):
         for chosen in [[f"seed={seed}"] for seed in seeds] or [[]]:
             yield run(experiment, changes=[*variant, *chosen], root=root, tracker=tracker, display=display)
+
+
+def load(path: str | Path, seed: int | None = None) -> Result:
+    """What `run` gave back of a run that is there; of one that goes on, or was broken off, what there is so far.
+
+    Args:
+        path: the run's directory; or a folder of runs: of these, the latest.
+        seed: of the run, where there are several.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no checkpoint yet.
+        ValueError: its last checkpoint is damaged, or holds no model.
+    """
+    directory = Run.latest(Path(path), seed)
+    return Result(directory.metrics(), trained(directory.path), directory.path)
 
 
 def resume(
@@ -175,8 +190,8 @@ def run_app(folder: str | Path, *, changes: Sequence[str] = (), num_nodes: int |
         check("seed", seed, Natural)
         check("num_nodes", num_nodes, Count | None)
         with seeding(seed, "import"):  # some apps make their model when they are imported
-            app = load(Path(folder))
-        config = changed(app.run_config, dict(assignment(change) for change in changes))
+            app = app_folder.load(Path(folder))
+        config = app_folder.changed(app.run_config, dict(assignment(change) for change in changes))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return run_flower(

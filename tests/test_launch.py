@@ -17,7 +17,7 @@ from fedsim.config import ConfigError, assemble, locate, read
 from fedsim.engines.local import Sequential
 from fedsim.files import read_lines
 from fedsim.job import Plan, Result
-from fedsim.launch import resume, run, simulate
+from fedsim.launch import load, resume, run, simulate
 from fedsim.model import Model
 from fedsim.runs import Run, read_checkpoint
 from fedsim.sampling import uniform
@@ -652,3 +652,21 @@ def test_a_simulation_of_objects_tells_groups_apart_on_the_common_test_set_too(f
     assert {f"clients/local_{name}" for name in APART} < result.metrics[0].keys()
     tests = {name.removeprefix("test/") for name in result.metrics[0] if name.startswith("test/")}
     assert tests == {"loss", "accuracy"} | APART  # of parts that are no clients' there is no largest
+
+
+def test_a_run_that_is_there_is_loaded_as_it_was_given_back(tmp_path):
+    changes = ("rounds=3", "checkpoint_every=1", "keep_checkpoints='all'")
+    first, second = (run("fedavg/digits", changes=(*changes, f"seed={seed}"), root=tmp_path) for seed in (5, 6))
+    for given, found in (
+        (first, load(first.path)),
+        (first, load(str(first.path.parent), seed=5)),
+        (second, load(first.path.parent)),
+    ):
+        assert (found.metrics, found.path) == (given.metrics, given.path)
+        assert all(torch.equal(leaf, given.params[name]) for name, leaf in found.params.items())
+        assert found.params.keys() == given.params.keys()
+    parts = assemble(*read(first.path / "experiment.toml"))
+    guess = parts.model.predict(load(first.path).params, parts.federation.test).argmax(1)
+    assert float((guess == parts.federation.test["y"]).double().mean()) == first.last("test/accuracy")
+    with pytest.raises(FileNotFoundError, match="is no run, nor does it hold one with the seed 7"):
+        load(first.path.parent, seed=7)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,10 @@ def test_the_first_experiment_and_the_call_from_python_run(folder):
     assert [line["round"] for line in first.metrics] == [1, 2] and first.last("clients/accuracy") > 0
     example = next(block for block in blocks("python") if "fedsim.run" in block).replace("rounds=10", "rounds=1")
     exec(example)
+    loading = next(block for block in blocks("python") if "fedsim.load" in block)
+    found: dict[str, Any] = {"fedsim": fedsim}
+    exec(loading, found)
+    assert found["scores"].shape == (len(found["parts"].federation.test["y"]), 10)
     loop = next(block for block in blocks("python") if "fedsim.rounds" in block)
     exec(loop, {"fedsim": fedsim})
 
