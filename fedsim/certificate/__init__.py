@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fedsim.certificate.costs import action, spent
 from fedsim.certificate.material import BACKDOOR, Material, material
 from fedsim.certificate.measuring import accuracies, apart, membership
-from fedsim.certificate.notes import of_end, of_lengths, of_measurements
+from fedsim.certificate.notes import of_end, of_lengths, of_measurements, of_training
 from fedsim.certificate.verdict import Check, Limits, checks, verdict
 from fedsim.checkpoints import read_checkpoint
 from fedsim.config import Assembly, ConfigError, Experiment, assemble, read, resolve
@@ -113,6 +113,7 @@ def certify(
     notes = [
         *of_measurements(models, about, shadows, most, limits),
         *of_lengths(_rounds(directory, asked), len(again)),
+        *of_training(_trained_by(asked), held_against),
         *of_end(last.round, assembly.strategy.done(last.state)),
     ]
     names = assembly.federation.names["target"][1:]
@@ -171,6 +172,14 @@ def _rounds(directory: Run, asked: Experiment) -> int:
     if "from_run" in asked.strategy:
         return read_checkpoint(last_checkpoint(Path(asked.strategy["from_run"]), asked.seed))[1]
     return sum(action(line) == "train" for line in directory.metrics())
+
+
+def _trained_by(asked: Experiment) -> Experiment:
+    """The experiment that trained the model before it forgot."""
+    if "from_run" not in asked.strategy:
+        return asked
+    folder = last_checkpoint(Path(asked.strategy["from_run"]), asked.seed).parent.parent
+    return resolve(*read(folder / "experiment.toml")) if (folder / "experiment.toml").is_file() else asked
 
 
 def before(directory: Run, asked: Experiment) -> Params | None:

@@ -7,6 +7,7 @@ import torch
 
 from fedsim.certificate.material import Material
 from fedsim.certificate.verdict import Limits
+from fedsim.config import Experiment
 
 POWER = 0.55  # of an attack that is worth the name
 
@@ -15,6 +16,17 @@ def of_lengths(first: int, again: int) -> list[str]:
     """Where the retrained model was not trained for as many rounds as the first one."""
     told = f"The first model had {first} rounds, the retrained one {again}: they differ for that as well."
     return [told] if first != again else []
+
+
+def of_training(first: Experiment, again: Experiment) -> list[str]:
+    """Where the retrained model was trained otherwise than the first one, apart from the server's strategy."""
+    parts = {"clients.train": (first.clients.get("train"), again.clients.get("train"))}
+    parts |= {"sample": (first.sample, again.sample)}
+    differing = " and ".join(f"{name} is {one} and {two}" for name, (one, two) in parts.items() if one != two)
+    told = (
+        f"The first model and the retrained one were not trained alike, so they differ for that as well: {differing}."
+    )
+    return [told] if differing else []
 
 
 def of_end(rounds: int, done: bool) -> list[str]:

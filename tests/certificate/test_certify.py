@@ -204,6 +204,21 @@ def test_a_retrained_model_of_fewer_rounds_is_noted(runs, tmp_path):
         assert [note[:50] for note in told(path, short)] == ["The first model had 10 rounds, the retrained one 4"]
 
 
+def test_a_retrained_model_that_was_trained_otherwise_is_noted(runs, tmp_path):
+    def told(path, other):
+        return [note for note in certify(path, other, shadows=0).limits if "not trained alike" in note]
+
+    other = fedsim.run(BASE, changes=[*RETRAIN, "clients.train.lr=0.1"], root=tmp_path).path
+    first = ("name=first", "split.leave_out=0", "strategy.forgetting=0", "rounds=10", "clients.train.lr=0.1")
+    slow = fedsim.run(BASE, changes=first, root=tmp_path).path
+    later = ("name=later", "strategy.training=0", f"strategy.from_run={slow}", "rounds=6")
+    again = fedsim.run(BASE, changes=later, root=tmp_path).path
+    assert told(runs[0], runs[1]) == told(again, other) == []
+    for path, one in ((runs[0], other), (again, runs[1])):
+        (note,) = told(path, one)
+        assert "clients.train is {" in note and "'lr': 0.1" in note and "'lr': 0.2" in note and "sample" not in note
+
+
 def test_a_run_that_is_not_done_is_noted(runs, tmp_path):
     early = fedsim.run(BASE, changes=("rounds=13",), root=tmp_path).path
     for path, expected in ((runs[0], 0), (early, 1)):
