@@ -121,7 +121,7 @@ import importlib.util, sys
 for name in sys.argv[1:]:
     try:
         found = importlib.util.find_spec(name)
-    except Exception:
+    except ModuleNotFoundError:  # of a package that it would be in
         found = None
     if found is None:
         print(name)

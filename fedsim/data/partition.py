@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.data.codes import Ints, integers, numbered
 from fedsim.data.federation import Partition
 from fedsim.randomness import rng
 from fedsim.ranges import Count, Natural, Positive, Probability, checked
@@ -16,7 +17,6 @@ from fedsim.task import Batch
 
 TRIES = 50  # draws before a minimum is said to be out of reach
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Hands = Iterator[tuple[Ints, Ints]]  # rows (n,), and how many of them each client gets (N,)
 
@@ -43,7 +43,7 @@ def dirichlet(
         ValueError: if `min_size` was not reached in 50 draws.
     """
     examples = _room(columns, "dirichlet", clients, min_size)
-    groups = _groups(_codes(columns, column))
+    groups = _groups(numbered(columns, column))
 
     def draw(random: np.random.Generator) -> Hands:
         return ((rows, _cut(_shares(random, clients, alpha), len(rows))) for rows in groups)
@@ -71,7 +71,7 @@ def dirichlet_balanced(
         ValueError: if the minima were not reached in so many draws.
     """
     examples = _room(columns, "dirichlet_balanced", clients, min_size)
-    codes = _codes(columns, column)
+    codes = numbered(columns, column)
     groups = _groups(codes)
 
     def draw(random: np.random.Generator) -> Hands:
@@ -98,7 +98,7 @@ def shards(columns: Batch, seed: Natural, clients: Count, shards_per_client: Cou
     examples = _room(columns, "shards", number, 1, "shards")
     random = rng(seed, "shards")
     mixed = random.permutation(examples)  # rows of one value in random order
-    order = mixed[np.argsort(_codes(columns, column)[mixed], kind="stable")]
+    order = mixed[np.argsort(numbered(columns, column)[mixed], kind="stable")]
     owner = np.empty(examples, dtype=np.int64)
     owner[order] = np.repeat(random.permutation(number) % clients, _even(examples, number))
     return _collect(owner, clients)
@@ -121,7 +121,7 @@ def quantity_skew(
 @checked
 def by_column(columns: Batch, seed: Natural = 0, column: str = "client") -> Partition:
     """One client for each distinct value of `column`, in the order of the values: nothing is drawn."""
-    codes = _codes(columns, column)
+    codes = numbered(columns, column)
     return _collect(codes, int(codes.max(initial=-1)) + 1)
 
 
@@ -148,7 +148,7 @@ def correlation(
     if low > high:
         raise ValueError(f"low must be at most high, got low = {low}, high = {high}")
     examples = _room(columns, "correlation", clients, min_size)
-    attributes, labels = (_integers(columns, name) for name in (attribute, label))
+    attributes, labels = (integers(columns, name) for name in (attribute, label))
     cells = [
         (i == j, rows)
         for i in np.unique(attributes)
@@ -242,21 +242,6 @@ def _room(columns: Batch, name: str, parts: int, least: int, what: str = "client
     if parts * least > examples:
         raise ValueError(f"{name}: {examples} examples are too few for {parts} {what} with at least {least} each")
     return examples
-
-
-def _integers(columns: Batch, column: str) -> Ints:
-    if column not in columns:
-        raise ValueError(f"there is no column {column!r}; there are {', '.join(sorted(columns)) or 'none'}")
-    values = columns[column]
-    if values.ndim != 1 or values.is_floating_point() or values.is_complex():
-        kind = f"{values.dtype} of shape {tuple(values.shape)}"
-        raise ValueError(f"column {column!r} must hold one integer for each example, got {kind}")
-    return np.asarray(values.numpy(), dtype=np.int64)
-
-
-def _codes(columns: Batch, column: str) -> Ints:
-    """The column with its distinct values numbered from 0 in ascending order."""
-    return np.unique(_integers(columns, column), return_inverse=True)[1]
 
 
 def _groups(codes: Ints) -> list[Ints]:
